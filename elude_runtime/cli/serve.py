@@ -1,0 +1,113 @@
+"""`elude serve`: TorchServe over a model store, with the shipped configuration, isolated from other instances."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from elude_runtime.cli.torchserve import Server, stop_server
+from elude_runtime.errors import EludeError, ServerError
+
+__all__ = ["Server", "serve"]
+
+
+def serve(
+    model_store: Annotated[Path, typer.Option(help="Folder of model archives.")] = Path("model_store"),
+    models: Annotated[list[str] | None, typer.Option(help="FILE.mar or NAME=FILE.mar; repeated; default: all.")] = None,
+    inference_port: Annotated[int | None, typer.Option(help="Default: a free one.", min=1, max=65535)] = None,
+    management_port: Annotated[int | None, typer.Option(help="Default: a free one.", min=1, max=65535)] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Default: a free one.", min=1, max=65535)] = None,
+    config: Annotated[Path | None, typer.Option(help="Your own config.properties.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder for logs and keys; default: a temporary one.")] = None,
+    token_auth: Annotated[bool, typer.Option(help="Ask for TorchServe's keys.")] = True,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C, then stop everything.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds until every model must be ready.")] = 300.0,
+    stop: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Stop the server of this run folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Serve archives with TorchServe, on this host only."""
+    if stop is not None:
+        count = stop_server(stop)
+        text = f"Stopped {count} processes." if count else "It had stopped already."
+        print(json.dumps({"stopped": count}) if as_json else text)
+        return
+    server = Server(
+        model_store,
+        models,
+        inference_port=inference_port,
+        management_port=management_port,
+        metrics_port=metrics_port,
+        config=config,
+        token_auth=token_auth,
+        run_dir=run_dir,
+    )
+    # A supervisor's or container's SIGTERM must stop Java and the workers too.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with Console(stderr=True).status("Starting TorchServe and loading " + ", ".join(server.names)):
+            server.start()
+            server.wait_ready(timeout)
+        print(json.dumps(_facts(server), indent=2) if as_json else _screen(server, foreground), flush=True)
+    except BaseException as error:
+        server.stop(keep_run_dir=isinstance(error, EludeError))
+        raise
+    if foreground:
+        _stay(server)
+
+
+def _stay(server: Server) -> None:
+    """Waits for Ctrl-C or the server's end, and leaves nothing running."""
+    try:
+        status = server.wait()
+    except KeyboardInterrupt:
+        with Console(stderr=True).status("Stopping"):
+            server.stop()
+        return
+    server.stop(keep_run_dir=True)
+    raise ServerError(f"TorchServe ended by itself with status {status}; logs in {server.run_dir / 'logs'}")
+
+
+def _facts(server: Server) -> dict[str, object]:
+    return {
+        "url": server.url,
+        "management_url": server.management_url,
+        "metrics_url": server.metrics_url,
+        "models": server.names,
+        "run_dir": str(server.run_dir),
+        "pid": server.pid,
+        "key_file": str(server.run_dir / "key_file.json") if server.token() else None,
+    }
+
+
+def _screen(server: Server, foreground: bool) -> str:
+    """Everything that one needs to use the server, on one screen."""
+    keys = server.run_dir / "key_file.json"
+    read = f"""python3 -c 'import json; print(json.load(open("{keys}"))["inference"]["key"])'"""
+    header = f'-H "Authorization: Bearer $({read})" ' if server.token() else ""
+    lines = [
+        f"Ready: {', '.join(server.names)}",
+        "",
+        f"  predictions   {server.url}/predictions/{server.names[0]}",
+        f"  explanations  {server.url}/explanations/{server.names[0]}",
+        f"  management    {server.management_url}/models/{server.names[0]}",
+        f"  metrics       {server.metrics_url}/metrics",
+        f"  keys          {keys}" if server.token() else "  keys          none asked for",
+        f"  logs          {server.run_dir / 'logs'}",
+        f"  process       {server.pid}",
+        "",
+        f'Try:    curl {header}-H "Content-Type: image/jpeg" --data-binary @IMAGE.jpg '
+        f"{server.url}/predictions/{server.names[0]}",
+        f"Probe:  elude health --ready --run-dir {server.run_dir}",
+        "Stop:   Ctrl-C" if foreground else f"Stop:   elude serve --stop {server.run_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

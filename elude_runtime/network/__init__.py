@@ -1,0 +1,1 @@
+"""What is done to a timm model: building it, finding split layers, tails, edits, the explicit form."""

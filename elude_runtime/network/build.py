@@ -1,0 +1,200 @@
+"""Building the base model: a timm name with its arguments, or a user's factory whose code travels with the checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from elude_runtime.errors import ModelError, did_you_mean
+
+CARRIED_LIMIT = 64 * 2**20  # bytes of a factory's files
+
+
+def build_timm(name: str, args: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> nn.Module:
+    """timm.create_model in eval mode. ModelError for unknown names (closest given), arguments or an unreachable hub."""
+    base = name.removeprefix("timm/").split(".")[0]
+    if not timm.is_model(base) and not name.startswith("hf-hub:"):
+        hint = did_you_mean(base, timm.list_models()) or " `python -c 'import timm; print(timm.list_models())'` lists them."
+        raise ModelError(f"timm has no model {name!r}.{hint}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **dict(args or {})).eval()
+    except Exception as error:  # timm, the hub client and the model's constructor raise anything
+        what = "its weights could not be loaded from the hub" if pretrained else "it could not be built"
+        raise ModelError(f"{name}: {what} ({_first_line(error)}).") from error
+
+
+class Factory:
+    """FILE.py:FUNCTION, a function that returns the model without (or with) its weights."""
+
+    def __init__(self, file: Path, function: str) -> None:
+        self.file, self.function = file, function
+
+    @classmethod
+    def parse(cls, text: str) -> Factory:
+        """From `FILE.py:FUNCTION`. ModelError when it is not that."""
+        path, separator, function = text.rpartition(":")
+        if not separator or not function.isidentifier() or not path.endswith(".py"):
+            raise ModelError(f"--model-factory takes FILE.py:FUNCTION, not {text!r}.")
+        if not Path(path).is_file():
+            raise ModelError(f"The factory file {path} is not there.")
+        return cls(Path(path).resolve(), function)
+
+    def build(self, args: Mapping[str, Any] | None = None) -> tuple[nn.Module, list[Path]]:
+        """(the model in eval mode, the files below the factory's folder that it opened, itself first).
+
+        Those files travel with the checkpoint; they are found by watching what the function opens.
+        """
+        folder, opened = self.file.parent, []
+        name = f"elude_factory_{uuid.uuid4().hex}"
+        spec = importlib.util.spec_from_file_location(name, self.file)
+        if spec is None or spec.loader is None:
+            raise ModelError(f"{self.file} cannot be imported as Python.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and typing look their module up by name
+        sys.path.insert(0, str(folder))
+        try:
+            with _watch_opens(folder) as opened:
+                spec.loader.exec_module(module)
+                function = getattr(module, self.function, None)
+                if function is None:
+                    known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+                    raise ModelError(f"{self.file.name} has no function {self.function!r}.{did_you_mean(self.function, known)}")
+                model = function(**dict(args or {}))
+        except ModelError:
+            raise
+        except Exception as error:  # a user's code raises anything
+            raise ModelError(
+                f"The factory {self.file.name}:{self.function} failed: {type(error).__name__}: {_first_line(error)}."
+            ) from error
+        finally:
+            sys.path.remove(str(folder))
+            sys.modules.pop(name, None)
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"The factory {self.file.name}:{self.function} returned a {type(model).__name__}, not an nn.Module.")
+        carried = [self.file] + sorted({p for p in opened if p != self.file})
+        return model.eval(), carried
+
+
+def carry_files(files: list[Path], root: Path, out: Path) -> list[str]:
+    """Copy a factory's files to `out`, keeping their places below `root`; returns their relative names.
+
+    ModelError when they are too large: weights belong in --weights, not in the factory.
+    """
+    total = sum(f.stat().st_size for f in files)
+    if total > CARRIED_LIMIT:
+        raise ModelError(
+            f"The factory opens {total / 2**20:.0f} MiB of files, the limit is {CARRIED_LIMIT // 2**20}; let it build the "
+            "architecture only and give the weights with --weights."
+        )
+    names = []
+    for file in files:
+        name = file.relative_to(root).as_posix()
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, out / name)
+        names.append(name)
+    return names
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a safetensors file, or from a PyTorch file read without unpickling code."""
+    if not path.is_file():
+        raise ModelError(f"The weights file {path} is not there.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise ModelError(f"{path} cannot be read as weights ({_first_line(error)}).") from error
+    except Exception as error:
+        raise ModelError(f"{path} holds more than tensors and is not unpickled; save its state dict as safetensors.") from error
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ModelError(f"{path} holds no state dict (a mapping of names to tensors).")
+    return state
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict strictly, in its own floating-point type. ModelError that names what does not fit."""
+    expected = model.state_dict()
+    missing = [n for n in expected if n not in tensors]
+    unexpected = [n for n in tensors if n not in expected]
+    shapes = [n for n in expected if n in tensors and expected[n].shape != tensors[n].shape]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            for names, what in ((missing, "missing"), (unexpected, "unknown"), (shapes, "of another shape"))
+            if names
+        ]
+        raise ModelError(f"{source} does not fit the model: {'; '.join(parts)}; check the model's name and arguments.")
+    types = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if len(types) == 1:
+        model.to(types.pop())
+    model.load_state_dict(dict(tensors), strict=True)
+
+
+def json_args(pairs: list[str]) -> dict[str, Any]:
+    """`K=V` pairs as arguments; values are JSON where they parse, text otherwise."""
+    args = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise ModelError(f"--model-arg takes NAME=VALUE, not {pair!r}.")
+        try:
+            args[key] = json.loads(value)
+        except ValueError:
+            args[key] = value
+    return args
+
+
+class _watch_opens:
+    """Collects the regular files below a folder that are opened for reading inside the block, compiled code aside."""
+
+    _folder: Path | None = None
+    _seen: set[Path]
+    _installed = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files = folder, []
+
+    def __enter__(self) -> list[Path]:
+        cls = type(self)
+        if not cls._installed:
+            sys.addaudithook(cls._audit)  # audit hooks cannot be removed: one is installed, idle outside a block
+            cls._installed = True
+        cls._seen, cls._folder = set(), self.folder
+        return self.files
+
+    def __exit__(self, *_: object) -> None:
+        cls = type(self)
+        cls._folder = None
+        self.files += [p for p in cls._seen if p.is_file()]
+
+    @classmethod
+    def _audit(cls, event: str, args: tuple) -> None:
+        folder = cls._folder
+        if folder is None or event != "open" or not isinstance(args[0], str | bytes):
+            return
+        cls._folder = None  # resolving a path may open files itself
+        try:
+            path = Path(args[0].decode() if isinstance(args[0], bytes) else args[0]).resolve()
+            if path.is_relative_to(folder) and path.suffix != ".pyc" and "__pycache__" not in path.parts:
+                cls._seen.add(path)
+        finally:
+            cls._folder = folder
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

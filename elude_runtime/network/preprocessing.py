@@ -1,0 +1,130 @@
+"""From image bytes to the model's input: decoding as people see the picture, then timm's own transform."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+
+from elude_runtime.errors import ImagesError, ModelError
+
+MAX_PIXELS = 89_478_485  # Pillow's own warning limit
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Preprocessing in timm's terms; input_size is (channels, height, width)."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    @classmethod
+    def of_model(cls, model: Any, **overrides: Any) -> DataConfig:
+        """timm's data configuration of `model`, with the given values (None: keep timm's) put over it."""
+        known = {f.name for f in fields(cls)}
+        # No name list: a model that timm does not know has timm's defaults for what it does not say.
+        resolved = resolve_data_config({}, model=model)
+        values = {k: v for k, v in resolved.items() if k in known}
+        values.update({k: v for k, v in overrides.items() if v is not None})
+        return cls.parse(values)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> DataConfig:
+        """From a mapping (a manifest's). ModelError for missing, unknown or impossible values."""
+        try:
+            made = cls(**values)
+            made = cls(
+                tuple(int(v) for v in made.input_size),  # type: ignore[arg-type]
+                tuple(float(v) for v in made.mean),
+                tuple(float(v) for v in made.std),
+                str(made.interpolation),
+                float(made.crop_pct),
+                str(made.crop_mode),
+            )
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"The data configuration cannot be used: {error}.") from error
+        channels = made.input_size[0]
+        if len(made.input_size) != 3 or min(made.input_size) < 1 or channels != 3:
+            raise ModelError(f"The input size {made.input_size} cannot be used: give 3, HEIGHT, WIDTH.")
+        if len(made.mean) != channels or len(made.std) != channels or min(made.std) <= 0:
+            raise ModelError("Mean and std need one value a channel, std above zero.")
+        if not 0 < made.crop_pct <= 2 or made.crop_mode not in ("center", "squash", "border"):
+            raise ModelError("crop_pct must be above 0 and at most 2, crop_mode one of center, squash, border.")
+        return made
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def transform(self) -> Any:
+        """timm's evaluation transform: PIL image -> float32 [3, H, W]."""
+        return create_transform(
+            self.input_size,
+            is_training=False,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+
+    def seen(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """(x0, y0, x1, y1): what the model sees of a width x height image, in its pixels, clipped to the image.
+
+        Follows timm's transform: the image is scaled so that its shorter side (crop_mode center), each side (squash)
+        or its longer side (border) is the input side / crop_pct, and the centre is cut out or padded.
+        """
+        high, wide = self.input_size[1], self.input_size[2]
+        scaled_h, scaled_w = high / self.crop_pct, wide / self.crop_pct
+        if self.crop_mode == "squash":
+            ratio_x, ratio_y = width / scaled_w, height / scaled_h
+        else:
+            pick = min if self.crop_mode == "center" else max
+            ratio_x = ratio_y = pick(width / scaled_w, height / scaled_h)
+        half_w, half_h = wide * ratio_x / 2, high * ratio_y / 2
+        left, top = max(0.0, width / 2 - half_w), max(0.0, height / 2 - half_h)
+        return round(left), round(top), round(min(width, width - left)), round(min(height, height - top))
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Encoded bytes -> upright RGB image. JPEG, PNG, WebP and what else Pillow reads; first frame; EXIF orientation
+    applied; 16-bit greys scaled, transparency dropped. ImagesError when it is none of that or has too many pixels."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > max_pixels:
+            raise ImagesError(
+                f"The image has {image.width} x {image.height} pixels, the limit is {max_pixels}; send a smaller one."
+            )
+        image.seek(0)
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I") or upright.mode == "F":
+            upright = _eight_bit(upright)
+        return upright.convert("RGB")
+    except ImagesError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImagesError("The bytes are not an image in a known format; send JPEG, PNG or WebP.") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, TypeError) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImagesError(f"The image cannot be decoded ({detail[:120]}); it may be damaged or cut off.") from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image, dtype=np.float64)
+    top = 65535.0 if values.max() > 255 else 255.0
+    return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+
+
+def to_input(image: Image.Image, transform: Any) -> Tensor:
+    """Upright RGB image -> float32 [3, H, W], by timm's transform."""
+    tensor = transform(image)
+    return tensor if isinstance(tensor, Tensor) else torch.as_tensor(tensor)

@@ -1,0 +1,104 @@
+"""Concepts: sub-units of one layer and token type, grouped by co-activation, and the statistics of both.
+
+Source: design "Concepts". One token sample serves everything here, so that memory is bounded by the layer's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elude_runtime.partition.kmeans import kmeans
+from elude_runtime.partition.partition import REST_CONCEPT
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+DRIFT_EDGES = tuple(i / 10 for i in range(1, 10))
+_CHUNK_FLOATS = 32_000_000
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Calibration statistics of F features, each in units of its own activation.
+
+    mean, std, density float32 [F]; quantiles [F, 7] at `QUANTILES`; drift_edges [F, 9], the calibration's deciles;
+    variance [F]: the feature's own variance as a share of the layer output's (shares need not add to 1: parts
+    co-vary). density: share of tokens more than two standard deviations from the mean.
+    """
+
+    mean: Tensor
+    std: Tensor
+    quantiles: Tensor
+    density: Tensor
+    drift_edges: Tensor
+    variance: Tensor
+
+
+def describe(values: Tensor, variance: Tensor) -> FeatureStatistics:
+    """Statistics of activations [S, F] over S sampled tokens; `variance` [F] is passed through."""
+    probes = torch.tensor(QUANTILES + DRIFT_EDGES, dtype=values.dtype)
+    step = max(1, _CHUNK_FLOATS // values.shape[0])
+    rows = [torch.quantile(values[:, i : i + step], probes, dim=0).T for i in range(0, values.shape[1], step)]
+    levels = torch.cat(rows)
+    mean, std = values.mean(0), values.std(0, correction=0)
+    far = (values - mean).abs() > 2 * std
+    return FeatureStatistics(
+        mean, std, levels[:, : len(QUANTILES)], far.float().mean(0), levels[:, len(QUANTILES) :], variance
+    )
+
+
+def group_concepts(centred: Tensor, std: Tensor, counts: Tensor, concepts: int, seed: int) -> Tensor:
+    """Cluster the z-scored activation profiles of the sub-units of a layer: the concept of each.
+
+    centred [S, d, M + 1]: t_km at S sampled tokens; std [d, M + 1]; counts [d]. Sub-units that never vary and the
+    background ones go to the background concept. Returns int32 [d, M + 1]; concepts are numbered by the variance that
+    they carry, largest first, so that P0 is the one that moves the layer most.
+    """
+    width = centred.shape[2]
+    named = torch.arange(width) < counts.long()[:, None]  # [d, M + 1]; `rest` (slot M) is never below the count
+    member = (named & (std > 0)).flatten()
+    out = torch.full((member.numel(),), REST_CONCEPT, dtype=torch.int32)
+    live = member.nonzero()[:, 0]
+    if live.numel():
+        profiles = (centred.flatten(1)[:, live] / std.flatten()[live]).T.contiguous()  # [L, S]
+        number = min(concepts, live.numel())
+        draws = torch.rand(1, number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        labels = kmeans(profiles[None], number, draws.to(profiles.dtype))[0][0]
+        out[live] = labels.to(torch.int32)
+        carried = concept_variance(centred, out.view(std.shape), number)[:number]
+        present = torch.bincount(labels, minlength=number) > 0
+        order = torch.argsort(torch.where(present, carried, -1.0), descending=True, stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(number)
+        out[live] = rank[labels].to(torch.int32)
+    return out.view(std.shape)
+
+
+def concept_variance(centred: Tensor, concept: Tensor, concepts: int) -> Tensor:
+    """Variance that each concept writes, summed over neurons: centred [S, d, M + 1] -> float32 [K + 1], `rest` last.
+
+    The write of a concept on neuron k is the sum of its members' t_km, so members of one neuron are added first.
+    """
+    slots = torch.where(concept == REST_CONCEPT, concepts, concept.long())  # [d, M + 1]
+    total = torch.zeros(concepts + 1, dtype=torch.float64)
+    sums = torch.zeros(concept.shape[0], concepts + 1, dtype=torch.float64)
+    step = max(1, _CHUNK_FLOATS // (concept.shape[0] * (concepts + 1)))
+    for start in range(0, centred.shape[0], step):
+        part = centred[start : start + step]
+        write = part.new_zeros(part.shape[0], concept.shape[0], concepts + 1)
+        write.scatter_add_(2, slots.expand_as(part), part)
+        total += write.square().sum((0, 1), dtype=torch.float64)
+        sums += write.sum(0, dtype=torch.float64)
+    samples = max(1, centred.shape[0])
+    return (total / samples - (sums / samples).square().sum(0)).clamp(min=0).float()
+
+
+def concept_activation(centred: Tensor, std: Tensor, concept: Tensor, concepts: int) -> Tensor:
+    """Activations of all concepts: the mean over live members of t / std; [S, d, M + 1] -> [S, K + 1], `rest` last."""
+    slots = torch.where(concept == REST_CONCEPT, concepts, concept.long()).flatten()
+    live = (std > 0).flatten()
+    z = centred.flatten(1)[:, live] / std.flatten()[live]
+    out = z.new_zeros(z.shape[0], concepts + 1).index_add_(1, slots[live], z)
+    size = torch.bincount(slots[live], minlength=concepts + 1).clamp(min=1)
+    return out / size

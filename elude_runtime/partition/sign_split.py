@@ -1,0 +1,118 @@
+"""The sign-split partition: which edges of a neuron work together, from the tokens at each of its two ends.
+
+Source: our reading of ELUDe (arXiv 2605.31304); design "Choosing the partition".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elude_runtime.partition.kmeans import kmeans
+from elude_runtime.partition.partition import MAX_SUBUNITS, REST_EDGE
+
+CHUNK_FLOATS = 48_000_000  # contributions held at once: 190 MB of float32
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Parameters of the partition; recorded in the manifest.
+
+    subunits: M, sub-units a neuron at most, half of them for each end; tokens: N, calibration tokens at each end;
+    per_image: tokens one image may give to one end; outlier: a token whose input norm exceeds this multiple of the
+    median norm is not used (register-like artefacts); seed: of the k-means seeds and of the token sample.
+    """
+
+    subunits: int = 8
+    tokens: int = 400
+    per_image: int = 4
+    outlier: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.subunits <= MAX_SUBUNITS or self.subunits % 2:
+            raise ValueError(f"the number of sub-units must be even and between 2 and {MAX_SUBUNITS}")
+        if self.tokens < 2 or self.per_image < 1:
+            raise ValueError("tokens must be at least 2 and tokens per image at least 1")
+
+
+def end_clusters(inputs: Tensor, weight: Tensor, clusters: int, draws: Tensor) -> Tensor:
+    """Mean normalised contribution of every edge in each cluster of one end's tokens.
+
+    inputs [B, N, n, q]: the layer's input at the end's N tokens of B neurons; weight [B, n, q]; draws [B, clusters].
+    Contributions w_kj x_j are centred over the tokens and normalised to unit length, then clustered.
+    Returns [B, clusters, n].
+    """
+    contributions = torch.einsum("bnjq,bjq->bnj", inputs, weight)
+    contributions = contributions - contributions.mean(1, keepdim=True)
+    norm = contributions.norm(dim=-1, keepdim=True)
+    return kmeans(contributions / norm.clamp(min=torch.finfo(norm.dtype).tiny), clusters, draws)[1]
+
+
+def assign_edges(weight: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """The sign split: edge j goes to the cluster that its contribution serves most, at the end that it pushes to.
+
+    weight [B, n, q] (its sign is that of the sum over kernel positions), positive and negative [B, C, n] from
+    `end_clusters`. Returns uint8 [B, n]: 0..C-1 clusters of the positive end, C..2C-1 of the negative; ties and zero
+    weights 255 (`rest`).
+    """
+    clusters = positive.shape[1]
+    sign = weight.sum(-1).sign()
+    up, up_tied = _strict_argmax(positive)
+    down, down_tied = _strict_argmax(-negative)
+    edges = torch.where(sign > 0, up, down + clusters)
+    tied = torch.where(sign > 0, up_tied, down_tied)
+    return torch.where((sign == 0) | tied, REST_EDGE, edges).to(torch.uint8)
+
+
+def _strict_argmax(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(argmax over dim 1, whether more than one entry reaches the maximum). A single cluster never ties."""
+    best = values.amax(1)
+    tied = (values == best[:, None]).sum(1) > 1
+    return values.argmax(1), tied
+
+
+def compact(edges: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Renumber sub-units so that none is empty: edges uint8 [d, n] -> (edges uint8 [d, n], counts uint8 [d])."""
+    present = torch.zeros(edges.shape[0], REST_EDGE + 1, dtype=torch.bool, device=edges.device)
+    present.scatter_(1, edges.long(), True)
+    present = present[:, :slots]
+    number = (present.long().cumsum(1) - 1).clamp(min=0)
+    number = torch.cat([number, torch.full_like(number[:, :1], REST_EDGE).expand(-1, REST_EDGE + 1 - slots)], 1)
+    return number.gather(1, edges.long()).to(torch.uint8), present.sum(1).to(torch.uint8)
+
+
+def sign_split(
+    weight: Tensor,
+    read: Callable[[Tensor, Tensor], Tensor],
+    positive: Tensor,
+    negative: Tensor,
+    config: SplitConfig,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The partition of one layer for one token type.
+
+    weight float32 [d, n, q]; positive and negative int64 [d, N]: ids of the tokens at each end of every neuron, best
+    first; read(neurons [B], ids [B, N]) -> [B, N, n, q], the layer's inputs at those tokens; progress is called with
+    the number of neurons done. Returns edges uint8 [d, n] and counts uint8 [d].
+    With fewer tokens than clusters there are as many clusters as tokens.
+    """
+    neurons, inputs, positions = weight.shape
+    count = positive.shape[1]
+    clusters = min(config.subunits // 2, count)
+    generator = torch.Generator().manual_seed(config.seed)
+    draws = torch.rand(2, neurons, clusters, generator=generator, dtype=torch.float64).to(weight.device)
+    step = max(1, CHUNK_FLOATS // max(1, count * inputs * positions))
+    parts = []
+    for start in range(0, neurons, step):
+        chosen = torch.arange(start, min(start + step, neurons), device=weight.device)
+        rows = weight[chosen]
+        up = end_clusters(read(chosen, positive[chosen]), rows, clusters, draws[0, chosen].to(rows.dtype))
+        down = end_clusters(read(chosen, negative[chosen]), rows, clusters, draws[1, chosen].to(rows.dtype))
+        parts.append(assign_edges(rows, up, down))
+        if progress:
+            progress(len(chosen))
+    return compact(torch.cat(parts), 2 * clusters)

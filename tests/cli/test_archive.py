@@ -1,0 +1,165 @@
+"""`elude archive`: what is in the archive, and one clear sentence for what goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("model_archiver")
+from elude_runtime.cli import archive as archive_module
+from elude_runtime.cli.archive import archive, build_archive, default_name
+from elude_runtime.errors import CheckpointError, EludeError, StorageError
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "ckpt"
+    (folder / "factory").mkdir(parents=True)
+    (folder / "exemplars").mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights" * 100)
+    (folder / "elude.json").write_text(json.dumps({"model": {"name": "vit_tiny_patch16.augreg"}}))
+    (folder / "labels.csv").write_text("0,cat\n")
+    (folder / "factory" / "build.py").write_text("x = 1\n")
+    (folder / "exemplars" / "picture.png").write_bytes(b"png")
+    return folder
+
+
+def names(archive_file: Path) -> set[str]:
+    with zipfile.ZipFile(archive_file) as content:
+        return set(content.namelist())
+
+
+def test_holds_checkpoint_package_handler_and_configuration(checkpoint: Path, tmp_path: Path) -> None:
+    made = build_archive(checkpoint, tmp_path / "store", name="vit", version="2.1")
+    assert made == tmp_path / "store" / "vit.mar"
+    held = names(made)
+    assert {"elude_handler.py", "model-config.yaml", "MAR-INF/MANIFEST.json"} <= held
+    assert {"checkpoint/model.safetensors", "checkpoint/elude.json", "checkpoint/labels.csv"} <= held
+    assert {"checkpoint/factory/build.py", "elude_runtime/__init__.py", "elude_runtime/errors.py"} <= held
+    assert not [name for name in held if "exemplars" in name or "__pycache__" in name or "shipped" in name]
+    assert not [name for name in held if name.startswith("elude_runtime/") and name.endswith(".safetensors")]
+    with zipfile.ZipFile(made) as content:
+        assert content.read("checkpoint/model.safetensors") == b"weights" * 100
+        model = json.loads(content.read("MAR-INF/MANIFEST.json"))["model"]
+    assert model == {
+        "modelName": "vit", "handler": "elude_handler.py", "modelVersion": "2.1", "configFile": "model-config.yaml"
+    }  # fmt: skip
+    assert os.listdir(tmp_path / "store") == ["vit.mar"]
+
+
+def test_the_carried_package_runs_from_where_it_is_unpacked(checkpoint: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(build_archive(checkpoint, tmp_path / "store", name="vit")) as content:
+        content.extractall(tmp_path / "unpacked")
+    code = "import elude_runtime.errors as e; print(e.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "unpacked", capture_output=True, text=True, check=True
+    ).stdout
+    assert Path(found.strip()) == tmp_path / "unpacked" / "elude_runtime" / "errors.py"
+
+
+def test_takes_its_name_from_the_timm_model(checkpoint: Path) -> None:
+    assert default_name(checkpoint) == "vit_tiny_patch16-augreg"
+    (checkpoint / "elude.json").write_text(json.dumps({"model": {"factory": "f.py:make"}}))
+    assert default_name(checkpoint) == "ckpt"
+    (checkpoint / "elude.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        default_name(checkpoint)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "elude.json"])
+def test_refuses_an_incomplete_checkpoint(checkpoint: Path, tmp_path: Path, missing: str) -> None:
+    (checkpoint / missing).unlink()
+    with pytest.raises(CheckpointError, match=missing):
+        build_archive(checkpoint, tmp_path / "store", name="vit")
+    assert not (tmp_path / "store").exists()
+
+
+def test_never_replaces_an_archive_unasked(checkpoint: Path, tmp_path: Path) -> None:
+    made = build_archive(checkpoint, tmp_path, name="vit")
+    before = made.read_bytes()
+    with pytest.raises(StorageError, match="--force"):
+        build_archive(checkpoint, tmp_path, name="vit", version="9")
+    assert made.read_bytes() == before
+    build_archive(checkpoint, tmp_path, name="vit", version="9", force=True)
+    assert made.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "is full"), (errno.EACCES, "cannot be written"), (errno.EIO, "failed")]
+)
+def test_a_refusal_of_the_disk_is_one_sentence_and_leaves_the_old_archive(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str
+) -> None:
+    made = build_archive(checkpoint, tmp_path / "store", name="vit")
+    before = made.read_bytes()
+
+    def write(self: Any, *arguments: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", write)
+    with pytest.raises(StorageError, match=words):
+        build_archive(checkpoint, tmp_path / "store", name="vit", force=True)
+    assert made.read_bytes() == before and os.listdir(tmp_path / "store") == ["vit.mar"]
+
+
+def test_a_full_disk_while_copying_is_recognised(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`shutil.copytree` reports it inside a list of its own."""
+
+    def copy(source: Any, target: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(archive_module.shutil, "copyfile", copy)
+    with pytest.raises(StorageError, match="is full"):
+        build_archive(checkpoint, tmp_path / "store", name="vit")
+
+
+def test_leaves_a_folder_of_the_models_name_in_the_temporary_folder_alone(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archiver itself would delete $TMPDIR/NAME."""
+    (tmp_path / "tmp" / "vit").mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    build_archive(checkpoint, tmp_path / "store", name="vit")
+    assert os.listdir(tmp_path / "tmp") == ["vit"]
+    assert tempfile.gettempdir() == str(tmp_path / "tmp")
+
+
+@pytest.mark.parametrize("name", ["a b", "../x", "", "-x", "ä", "a/b", "a.b"])
+def test_refuses_names_that_do_not_fit_into_an_address(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(EludeError, match="name"):
+        build_archive(checkpoint, tmp_path / "store", name=name)
+
+
+def test_refuses_a_configuration_that_the_server_would_refuse(checkpoint: Path, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    for text, words in (("a: [", "YAML"), ("- 1", "keys and values"), ("elude: {no_such_key: 1}", "no_such_key")):
+        config.write_text(text)
+        with pytest.raises(EludeError, match=words):
+            build_archive(checkpoint, tmp_path / "store", name="vit", config=config)
+    config.write_text("batchSize: 3\nelude: {}\n")
+    with zipfile.ZipFile(build_archive(checkpoint, tmp_path / "store", name="vit", config=config)) as content:
+        assert content.read("model-config.yaml") == config.read_bytes()
+
+
+def test_the_command_prints_one_json_document(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive(checkpoint, out=tmp_path / "store", name=None, version="1.0", config=None, force=False, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    made = tmp_path / "store" / "vit_tiny_patch16-augreg.mar"
+    assert printed == {
+        "archive": str(made), "name": "vit_tiny_patch16-augreg", "version": "1.0", "bytes": made.stat().st_size
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match="not a folder"):
+        archive(tmp_path / "nothing")
