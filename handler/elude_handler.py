@@ -40,12 +40,13 @@ class EludeHandler:
         # every request, and this process serves one model only.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
         try:
-            from elude_runtime.api.config import ServingConfig
             from elude_runtime.api.engine import Engine, Row
+
+            from elude_runtime.api.config import ServingConfig
 
             config = ServingConfig.resolve((context.model_yaml_config or {}).get("elude"))
             gpu = context.system_properties.get("gpu_id")
-            if gpu is not None and getattr(config, "device", None) == "auto":
+            if gpu is not None and config.device is None:
                 config = config.model_copy(update={"device": f"cuda:{gpu}"})
             model = (context.manifest or {}).get("model", {})
             self._engine = Engine.open(
@@ -56,7 +57,10 @@ class EludeHandler:
             )
             self._row = Row
         except Exception as error:
-            logger.error("%s %s", LOAD_ERROR_MARK, " ".join(f"{type(error).__name__}: {error}".split()))
+            # The package's own errors are sentences for people; others need their name to be understood.
+            ours = any(kind.__name__ == "EludeError" for kind in type(error).__mro__)
+            reason = str(error) if ours else f"{type(error).__name__}: {error}"
+            logger.error("%s %s", LOAD_ERROR_MARK, " ".join(reason.split()))
             raise
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:

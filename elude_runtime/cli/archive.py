@@ -18,12 +18,13 @@ import typer
 import yaml
 from rich.console import Console
 
+from elude_runtime.checkpoint.manifest import MANIFEST, read_manifest
 from elude_runtime.errors import CheckpointError, EludeError, StorageError
 from elude_runtime.package_files import package_directory, shipped_file
 
 # What serving reads from a checkpoint. Exemplars stay behind: they are pictures for people, and large.
-REQUIRED = ("model.safetensors", "elude.json")
-OPTIONAL = ("features.parquet", "verification.json", "labels.csv", "policies.json", "vectors", "factory")
+TENSORS = "model.safetensors"
+_BESIDE = ("factory", "features.parquet", "labels.csv", "policies.json", "vectors", "verification.json")
 # Of the package, code travels; the demonstration's weights and other data do not.
 _DATA_SUFFIXES = {".safetensors", ".npz", ".parquet", ".png", ".jpg", ".pyc"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -31,12 +32,8 @@ _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def default_name(checkpoint: Path) -> str:
-    """The name of the timm model in `elude.json`, made of letters, digits, `_` and `-`; else the folder's name."""
-    try:
-        identity = json.loads((checkpoint / "elude.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / 'elude.json'} cannot be read: {error}") from error
-    return _safe(_timm_name(identity)) or _safe(checkpoint.resolve().name) or "elude"
+    """The name of the model in `elude.json`, made of letters, digits, `_` and `-`; else the folder's name."""
+    return _safe(read_manifest(checkpoint).model.name) or _safe(checkpoint.resolve().name) or "elude"
 
 
 def build_archive(
@@ -52,9 +49,9 @@ def build_archive(
         raise EludeError(f"The name {name!r} must be of letters, digits, _ and -, and begin with a letter or digit.")
     if not _VERSION.fullmatch(version):
         raise EludeError(f"The version {version!r} must be of letters, digits, '.', _ and -.")
-    for file in REQUIRED:
-        if not (checkpoint / file).is_file():
-            raise CheckpointError(f"{checkpoint} is no checkpoint: it has no {file}; make one with `elude rewrite`.")
+    read_manifest(checkpoint)
+    if not (checkpoint / TENSORS).is_file():
+        raise CheckpointError(f"{checkpoint} is incomplete: it has no {TENSORS}; run `elude rewrite` again.")
     settings = config or shipped_file("deploy/model-config.yaml")
     _check_settings(settings)
     target = out / f"{name}.mar"
@@ -80,8 +77,6 @@ def archive(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Pack a checkpoint into a model archive (.mar) for TorchServe."""
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint} is not a folder; make a checkpoint with `elude rewrite`.")
     model = name or default_name(checkpoint)
     with Console(stderr=True).status(f"Packing {model}"):
         path = build_archive(checkpoint, out, name=model, version=version, config=config, force=force)
@@ -102,7 +97,7 @@ def _pack(checkpoint: Path, scratch: Path, name: str, version: str, settings: Pa
     stage, made, temporary = scratch / "stage", scratch / "made", scratch / "tmp"
     for folder in (stage / "checkpoint", made, temporary):
         folder.mkdir(parents=True)
-    for file in (*REQUIRED, *OPTIONAL):
+    for file in (MANIFEST, TENSORS, *_BESIDE):
         if (checkpoint / file).exists():
             # A link: the archiver copies what it points to, and large weights need not be copied twice.
             (stage / "checkpoint" / file).symlink_to((checkpoint / file).resolve())
@@ -122,8 +117,6 @@ def _pack(checkpoint: Path, scratch: Path, name: str, version: str, settings: Pa
                     archive_format="zip-store",  # type: ignore[arg-type, unused-ignore]
                 )
             )
-    except shutil.Error as error:  # a list of (source, destination, reason)
-        raise OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, str(error)) from error
     except ModelArchiverError as error:
         raise EludeError(f"The archiver refused: {' '.join(str(error).split())}") from error
     return made / f"{name}.mar"
@@ -160,8 +153,8 @@ def _check_settings(settings: Path) -> None:
         content: Any = yaml.safe_load(settings.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise EludeError(f"{settings} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise EludeError(f"{settings} must hold keys and values, such as `batchSize: 8`.")
+    if not isinstance(content, dict) or not isinstance(content.get("elude") or {}, dict):
+        raise EludeError(f"{settings} and its section `elude` must hold keys and values, such as `batchSize: 8`.")
     from elude_runtime.api.config import ServingConfig
 
     ServingConfig.resolve(content.get("elude"))
@@ -169,22 +162,16 @@ def _check_settings(settings: Path) -> None:
 
 def _storage_error(error: OSError, checkpoint: Path, out: Path) -> StorageError:
     """The one sentence for what the operating system refused."""
+    if isinstance(error, shutil.Error):  # of `copytree`: a list of (source, destination, reason as text)
+        reason = str(error.args[0][0][2]) if error.args and isinstance(error.args[0], list) else str(error)
+        full = os.strerror(errno.ENOSPC) in reason
+        error = OSError(errno.ENOSPC if full else errno.EIO, reason)
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         need = 2 * sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / 1e6
         return StorageError(f"The disk of {out} is full: packing {checkpoint} needs up to {need:.0f} MB there.")
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         return StorageError(f"{out} cannot be written to ({error.strerror}); give another folder with --out.")
     return StorageError(f"Packing {checkpoint} into {out} failed: {error}")
-
-
-def _timm_name(identity: Any) -> str:
-    """The name given to `timm.create_model`, wherever the identity keeps it; empty for a model from a factory."""
-    if not isinstance(identity, dict):
-        return ""
-    model = identity.get("model")
-    places = [identity.get("timm_name"), identity.get("timm"), model, identity.get("name")]
-    places += [place.get("timm_name") or place.get("name") for place in places if isinstance(place, dict)]
-    return next((place for place in places if isinstance(place, str) and place), "")
 
 
 def _safe(text: str) -> str:

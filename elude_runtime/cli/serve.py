@@ -33,9 +33,8 @@ def serve(
 ) -> None:
     """Serve archives with TorchServe, on this host only."""
     if stop is not None:
-        count = stop_server(stop)
-        text = f"Stopped {count} processes." if count else "It had stopped already."
-        print(json.dumps({"stopped": count}) if as_json else text)
+        found = stop_server(stop) > 0
+        print(json.dumps({"stopped": found}) if as_json else "Stopped." if found else "It had stopped already.")
         return
     server = Server(
         model_store,

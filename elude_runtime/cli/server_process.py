@@ -41,11 +41,11 @@ def require_programs() -> None:
         raise ServerError(f"{java} is {said.splitlines()[0] if said else 'not working'}. {_JAVA_HINT}")
 
 
-def read_record(run_dir: Path) -> dict[str, object]:
-    """What `elude serve` wrote down about the server in this run folder."""
+def read_record(run_dir: Path) -> tuple[int, float]:
+    """Session id and start time (seconds of the epoch) of the server in this run folder."""
     try:
         record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        return {**record, "pid": int(record["pid"]), "started": float(record["started"])}
+        return int(record["pid"]), float(record["started"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EludeError(f"{run_dir} is no run folder of `elude serve`: run.json cannot be read.") from error
 
@@ -53,7 +53,8 @@ def read_record(run_dir: Path) -> dict[str, object]:
 def session_members(session: int, started: float) -> list[psutil.Process]:
     """The living processes of a session: launcher, Java, workers, also those whose parent is gone.
 
-    `started`: none that is older than the server, for the system may have given its number to somebody else since.
+    `started`: none that is older than the server (but for a clock that was set), for the system may have given its
+    number to somebody else since.
     """
     members = []
     for process in psutil.process_iter():
@@ -68,8 +69,8 @@ def session_members(session: int, started: float) -> list[psutil.Process]:
 def stop_session(session: int, started: float, grace: float = 8.0) -> int:
     """Ends all processes of a session: asks first, kills what is left after `grace` seconds; gives their number.
 
-    The front end starts a worker anew while it is being stopped, so the members are listed until there are none. The
-    launcher, which leads the session, is left to end by itself after Java, for it is the one who reaps it.
+    The order matters: Java, asked first, ends its workers (a worker that is ended under it is started anew), and the
+    launcher, which leads the session, ends by itself after Java, having reaped it.
     """
     asked: set[int] = set()
     seen: set[int] = set()
@@ -78,16 +79,24 @@ def stop_session(session: int, started: float, grace: float = 8.0) -> int:
         waited = time.monotonic() - begin
         if waited > grace + 10:
             raise ServerError(f"Processes {[member.pid for member in members]} of the server do not end.")
-        for member in members:
-            seen.add(member.pid)
+        seen.update(member.pid for member in members)
+        followers = [member for member in members if member.pid != session]
+        java = [member for member in followers if _parent(member) == session]
+        for member in members if waited > grace else java or followers or (members if waited > 2 else []):
             with contextlib.suppress(psutil.Error):
                 if waited > grace:
                     member.kill()
-                elif member.pid not in asked and (member.pid != session or (len(members) == 1 and waited > 2)):
-                    member.terminate()
+                elif member.pid not in asked:
                     asked.add(member.pid)
+                    member.terminate()
         time.sleep(0.05)
     return len(seen)
+
+
+def _parent(process: psutil.Process) -> int | None:
+    with contextlib.suppress(psutil.Error):
+        return int(process.ppid())
+    return None
 
 
 def find_cause(log: str, mark: str = "ELUDE_LOAD_ERROR") -> str:
@@ -95,14 +104,15 @@ def find_cause(log: str, mark: str = "ELUDE_LOAD_ERROR") -> str:
     messages = [found[1] if (found := _MESSAGE.match(line)) else line for line in log.splitlines()]
     for message in messages:
         if mark in message:
-            # The family name in front is for programmers; other exceptions' names say something.
-            return re.sub(r"^(?:\w*Error: )(?=[A-Z].*\s)", "", message.partition(mark)[2].strip())
-    for pattern in (r"Failed to bind|Address already in use", r"Failed to load model"):
-        at = next((index for index, message in enumerate(messages) if re.search(pattern, message)), None)
-        if at is not None:
-            reasons = [message for message in messages[at : at + 3] if _ERROR.match(message)]
-            return " ".join([messages[at], *reasons[:1]])
+            return message.partition(mark)[2].strip()
+    if taken := re.search(r"Failed to bind to address: (\S+)", log):
+        return f"The address {taken[1]} is in use, or not this host's."
+    for index, message in enumerate(messages):
+        if "Failed to load model" in message:
+            return " ".join([message, *[after for after in messages[index + 1 : index + 3] if _ERROR.match(after)][:1]])
     errors = [message for message in messages if _ERROR.match(message) and "WorkerInitialization" not in message]
     if errors:
         return errors[0]
+    if "Auto recovery start" in log:
+        return "The worker ended without a word; it may have been killed for lack of memory."
     return next((message for message in reversed(messages) if message.strip()), "It said nothing.")

@@ -54,6 +54,8 @@ def write_settings(run_dir: Path, config: Path | None, ports: dict[str, int | No
     if config is None or "metrics_config" not in settings:
         shutil.copyfile(shipped_file("deploy/metrics.yaml"), run_dir / "metrics.yaml")
         settings["metrics_config"] = str(run_dir / "metrics.yaml")
+    else:  # a path beside the user's file; the server runs elsewhere
+        settings["metrics_config"] = str(config.resolve().parent / settings["metrics_config"])
     # A backslash begins an escape in this format.
     lines = [f"{key}={value}\n".replace("\\", "\\\\") for key, value in settings.items()]
     (run_dir / "config.properties").write_text("".join(lines), encoding="utf-8")

@@ -149,6 +149,7 @@ class Server:
         try:
             addresses = {"url": self.url, "management_url": self.management_url, "metrics_url": self.metrics_url}
             record = {"pid": self.pid, "started": self._started, **addresses, "models": self.names}
+            record["temporary"] = self._temporary
             (self.run_dir / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         except BaseException:
             self.stop()
@@ -180,7 +181,11 @@ class Server:
     def stop(self, *, keep_run_dir: bool = False) -> None:
         """Ends every process of the server; may be called twice."""
         if self._process is not None:
-            stop_session(self._process.pid, self._started)
+            try:
+                stop_session(self._process.pid, self._started)
+            except KeyboardInterrupt:  # twice Ctrl-C: at once, but completely
+                stop_session(self._process.pid, self._started, grace=0)
+                raise
             self._process.wait()
             self._process = None
         if self._run_dir is not None:
@@ -195,13 +200,15 @@ class Server:
         return self._addresses[key]
 
     def _prepare_run_dir(self) -> None:
-        """An empty, private folder; refuses one in which a server runs."""
+        """A private folder, cleared of an earlier run; refuses one in which a server runs, and one that is not ours."""
         if self._run_dir is None:
             self._run_dir = Path(tempfile.mkdtemp(prefix="elude-serve-"))
         elif (self._run_dir / "run.json").exists():
-            record = read_record(self._run_dir)
-            if session_members(int(str(record["pid"])), float(str(record["started"]))):
+            pid, started = read_record(self._run_dir)
+            if session_members(pid, started):
                 raise ServerError(f"A server runs in {self._run_dir}; stop it with: elude serve --stop {self._run_dir}")
+        elif self._run_dir.exists() and any(self._run_dir.iterdir()) and not (self._run_dir / "log4j2.xml").exists():
+            raise ServerError(f"{self._run_dir} holds other things; give a new or empty folder.")
         if len(os.fsencode(self._run_dir / "tmp")) > _LONGEST_TEMP:
             raise ServerError(f"The path {self._run_dir} is too long for TorchServe's sockets; give a shorter one.")
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -231,10 +238,13 @@ class Server:
 
 
 def stop_server(run_dir: Path) -> int:
-    """Stops the server of a run folder, from any process; gives the number of processes that it ended."""
-    record = read_record(run_dir)
-    count = stop_session(int(str(record["pid"])), float(str(record["started"])))
-    _clean_run_dir(run_dir, remove=False)
+    """Stops the server of a run folder, from any process; gives the number of processes that it ended.
+
+    Keeps the folder's logs if the folder was chosen by the user.
+    """
+    count = stop_session(*read_record(run_dir))
+    temporary = json.loads((run_dir / "run.json").read_text(encoding="utf-8")).get("temporary") is True
+    _clean_run_dir(run_dir, remove=temporary)
     return count
 
 

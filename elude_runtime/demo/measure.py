@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from elude_runtime.demo.images import CLASSES, CONCEPTS, WATERMARK_CLASS, make_set, make_twins, to_arrays
@@ -90,12 +89,14 @@ def hidden_readings(model: nn.Module, layer: nn.Module, images: np.ndarray) -> d
 
 def auc(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """AUC [units, concepts] of values [n, units] for truth bool [n, concepts]."""
-    ranks, positives = rankdata(values, axis=0), truth.sum(0)
+    ranks, positives = values.argsort(0).argsort(0) + 1, truth.sum(0)
     total = ranks.T @ truth
     return (total - positives * (positives + 1) / 2) / (positives * (len(truth) - positives))
 
 
-def concept_auc(model: nn.Module, layer: nn.Module, images: np.ndarray, truth: np.ndarray) -> dict[str, dict[str, float]]:
+def concept_auc(
+    model: nn.Module, layer: nn.Module, images: np.ndarray, truth: np.ndarray
+) -> dict[str, dict[str, float]]:
     """Held-out AUC of each concept's best hidden unit, unit and sign chosen on the first half."""
     half = len(images) // 2
     found: dict[str, dict[str, float]] = {}
@@ -107,7 +108,9 @@ def concept_auc(model: nn.Module, layer: nn.Module, images: np.ndarray, truth: n
     return found
 
 
-def mediation(model: nn.Module, plain: np.ndarray, marked: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
+def mediation(
+    model: nn.Module, plain: np.ndarray, marked: np.ndarray, labels: np.ndarray
+) -> dict[str, dict[str, float]]:
     """Activation patching: each layer's output in the watermarked run is replaced by that of the plain twin.
 
     `removed` is the share of the watermark's effect on (watermark-class logit - mean logit) that this takes away.

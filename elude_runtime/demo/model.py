@@ -1,4 +1,4 @@
-"""The embedded demo network: a small plain timm ViT, rebuilt from its name and arguments and loaded with its weights."""
+"""The embedded demo network: a small plain timm ViT, rebuilt from its name and arguments with its weights loaded."""
 
 from __future__ import annotations
 

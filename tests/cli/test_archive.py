@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,11 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytest.importorskip("model_archiver")
-from elude_runtime.cli import archive as archive_module
+from elude_runtime import package_files
+from elude_runtime.api.config import ServingConfig
+from elude_runtime.checkpoint.manifest import Calibration, Manifest, ModelSource
 from elude_runtime.cli.archive import archive, build_archive, default_name
+from elude_runtime.cli.server_settings import read_properties
 from elude_runtime.errors import CheckpointError, EludeError, StorageError
+
+
+def write_manifest(folder: Path, model: str) -> None:
+    manifest = Manifest(
+        format_version=1,
+        elude_version="1",
+        model=ModelSource(kind="timm", name=model),
+        output="logits",
+        data_config={},
+        labels=[],
+        layers=[],
+        method={},
+        seed=0,
+        threads=1,
+        versions={},
+        calibration=Calibration(images=0, sha256=""),
+        base_sha256="",
+        partition_sha256="",
+    )
+    (folder / "elude.json").write_bytes(manifest.canonical())
 
 
 @pytest.fixture
@@ -26,7 +52,7 @@ def checkpoint(tmp_path: Path) -> Path:
     (folder / "factory").mkdir(parents=True)
     (folder / "exemplars").mkdir()
     (folder / "model.safetensors").write_bytes(b"weights" * 100)
-    (folder / "elude.json").write_text(json.dumps({"model": {"name": "vit_tiny_patch16.augreg"}}))
+    write_manifest(folder, "vit_tiny_patch16.augreg")
     (folder / "labels.csv").write_text("0,cat\n")
     (folder / "factory" / "build.py").write_text("x = 1\n")
     (folder / "exemplars" / "picture.png").write_bytes(b"png")
@@ -66,12 +92,24 @@ def test_the_carried_package_runs_from_where_it_is_unpacked(checkpoint: Path, tm
     assert Path(found.strip()) == tmp_path / "unpacked" / "elude_runtime" / "errors.py"
 
 
+def test_shipped_files_are_found_in_a_wheel_and_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package_files, "_PACKAGE", tmp_path / "elude_runtime")
+    with pytest.raises(StorageError, match="install the package again"):
+        package_files.shipped_file("deploy/x")
+    for root in (tmp_path, tmp_path / "elude_runtime" / "shipped"):
+        (root / "deploy").mkdir(parents=True)
+        (root / "deploy" / "x").write_text("")
+        assert package_files.shipped_file("deploy/x") == root / "deploy" / "x"
+
+
 def test_takes_its_name_from_the_timm_model(checkpoint: Path) -> None:
     assert default_name(checkpoint) == "vit_tiny_patch16-augreg"
-    (checkpoint / "elude.json").write_text(json.dumps({"model": {"factory": "f.py:make"}}))
+    write_manifest(checkpoint, "hf-hub:me/näme")
+    assert default_name(checkpoint) == "hf-hub-me-n-me"
+    write_manifest(checkpoint, "")
     assert default_name(checkpoint) == "ckpt"
     (checkpoint / "elude.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="damaged"):
         default_name(checkpoint)
 
 
@@ -119,7 +157,7 @@ def test_a_full_disk_while_copying_is_recognised(
     def copy(source: Any, target: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(archive_module.shutil, "copyfile", copy)
+    monkeypatch.setattr(shutil, "copyfile", copy)
     with pytest.raises(StorageError, match="is full"):
         build_archive(checkpoint, tmp_path / "store", name="vit")
 
@@ -143,13 +181,23 @@ def test_refuses_names_that_do_not_fit_into_an_address(checkpoint: Path, tmp_pat
 
 def test_refuses_a_configuration_that_the_server_would_refuse(checkpoint: Path, tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
-    for text, words in (("a: [", "YAML"), ("- 1", "keys and values"), ("elude: {no_such_key: 1}", "no_such_key")):
+    for text, words in (("a: [", "YAML"), ("- 1", "keys and values"), ("elude: [1]", "keys and values"), ("elude: {no_such_key: 1}", "no_such_key")):
         config.write_text(text)
         with pytest.raises(EludeError, match=words):
             build_archive(checkpoint, tmp_path / "store", name="vit", config=config)
     config.write_text("batchSize: 3\nelude: {}\n")
     with zipfile.ZipFile(build_archive(checkpoint, tmp_path / "store", name="vit", config=config)) as content:
         assert content.read("model-config.yaml") == config.read_bytes()
+
+
+def test_the_shipped_configuration_shows_every_key_with_its_default() -> None:
+    text = package_files.shipped_file("deploy/model-config.yaml").read_text()
+    assert yaml.safe_load(text)["elude"] == {}
+    shown = yaml.safe_load("\n".join(re.findall(r"^#  (\w+: .*)$", text, re.MULTILINE)))
+    assert shown == ServingConfig().model_dump()
+    properties = read_properties(package_files.shipped_file("deploy/config.properties"))
+    assert ServingConfig().max_response_bytes < int(properties["max_response_size"])
+    assert ServingConfig().max_image_bytes * 4 / 3 < int(properties["max_request_size"])
 
 
 def test_the_command_prints_one_json_document(
@@ -161,5 +209,5 @@ def test_the_command_prints_one_json_document(
     assert printed == {
         "archive": str(made), "name": "vit_tiny_patch16-augreg", "version": "1.0", "bytes": made.stat().st_size
     }  # fmt: skip
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(CheckpointError, match="elude rewrite"):
         archive(tmp_path / "nothing")

@@ -74,7 +74,7 @@ class Engine:
 class ServingConfig:
     def __init__(self, section: dict[str, Any] | None) -> None:
         self.section = section
-        self.device = "auto"
+        self.device: str | None = None
 
     @classmethod
     def resolve(cls, section: dict[str, Any] | None) -> ServingConfig:
@@ -151,6 +151,8 @@ def test_opens_the_checkpoint_of_the_archive_with_the_configuration_of_the_archi
     assert (checkpoint, name, version) == (Path("/models/m/checkpoint"), "vit", "2.0")
     assert config.section == {"a": 1} and config.device == "cuda:1"
     assert sys.path[0] == "/models/m"
+    module.EludeHandler().initialize(make_context("/models/m", gpu=None))
+    assert Engine.opened[1].device is None
 
 
 def test_a_refusal_is_marked_in_the_log_and_raised(
@@ -159,7 +161,11 @@ def test_a_refusal_is_marked_in_the_log_and_raised(
     monkeypatch.setattr(Engine, "refusal", EludeError("The digest\nof x is wrong."))
     with pytest.raises(EludeError, match="digest"):
         module.EludeHandler().initialize(make_context())
-    assert f"{module.LOAD_ERROR_MARK} EludeError: The digest of x is wrong." in caplog.messages
+    assert f"{module.LOAD_ERROR_MARK} The digest of x is wrong." in caplog.messages
+    monkeypatch.setattr(Engine, "refusal", KeyError("layers"))
+    with pytest.raises(KeyError):
+        module.EludeHandler().initialize(make_context())
+    assert f"{module.LOAD_ERROR_MARK} KeyError: 'layers'" in caplog.messages
 
 
 def test_every_row_is_read_from_its_own_headers(handler: Any) -> None:
@@ -194,8 +200,10 @@ def test_parts_arrive_as_bytes_whatever_torchserve_made_of_them(handler: Any) ->
 def test_a_part_named_like_a_header_is_no_header(handler: Any) -> None:
     parts = [("content-type", "image/png", b"1"), ("explain", "image/png", b"True"), ("url_path", "", b"2")]
     run(handler, [{"parts": parts, "headers": {"Content-Type": "multipart/form-data; boundary=a"}}])
-    row = handler._engine.batches[0][0]
-    assert (row.content_type, row.explain, row.route) == ("multipart/form-data", False, "")
+    run(handler, [{"parts": parts, "headers": {}}])
+    rows = [batch[0] for batch in handler._engine.batches]
+    assert [row.content_type for row in rows] == ["multipart/form-data", ""]
+    assert [(row.explain, row.route) for row in rows] == [(False, "")] * 2
 
 
 def test_status_content_type_and_headers_are_set_for_the_row_alone(handler: Any) -> None:
@@ -244,7 +252,8 @@ def test_too_few_replies_are_an_error_and_not_a_shift(handler: Any) -> None:
 
 
 def test_a_reply_that_would_kill_the_worker_becomes_a_problem(handler: Any, module: types.ModuleType) -> None:
-    assert module.LARGEST_REPLY_BYTES < int(read_properties(shipped_file("deploy/config.properties"))["max_response_size"])
+    limit = int(read_properties(shipped_file("deploy/config.properties"))["max_response_size"])
+    assert limit > module.LARGEST_REPLY_BYTES
     big = "é" * (module.LARGEST_REPLY_BYTES // 2 + 1)
     replies = [Reply(200, "application/json", text, {}) for text in (big, big[:-1], "\ud800")]
     handler._engine.behave = lambda rows: replies

@@ -1,0 +1,1 @@
+"""Attribution, steering and activations on a loaded model."""

@@ -1,0 +1,187 @@
+"""A rewritten checkpoint as a model: the base model's output bit for bit, and its features on demand."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from elude_runtime.analysis.attribution import Explanation, ExplainOptions, LayerExplanation, explain_row
+from elude_runtime.analysis.features import Feature, parse_feature
+from elude_runtime.analysis.split_state import SplitState
+from elude_runtime.analysis.steering import Edit, Steered, steer_rows
+from elude_runtime.analysis.targets import Target
+from elude_runtime.checkpoint.manifest import Manifest, ModelSource
+from elude_runtime.checkpoint.storage import read_checkpoint
+from elude_runtime.errors import CheckpointError, LayerError, did_you_mean
+from elude_runtime.network.build import Factory, build_timm, load_weights
+from elude_runtime.network.explicit import explicit_model
+from elude_runtime.network.preprocessing import DataConfig
+from elude_runtime.network.tail import Recording, TailRunner
+from elude_runtime.partition import Partition
+
+
+class EludeModel(nn.Module):
+    """`model(x)` is the base model's output, bit for bit; everything else is computed beside that path.
+
+    x: preprocessed images [B, 3, H, W] (see `data_config.transform()`), on the model's device.
+    """
+
+    def __init__(self, base: nn.Module, manifest: Manifest, partitions: dict[str, Partition]) -> None:
+        super().__init__()
+        self.base = base
+        self.manifest = manifest
+        self.data_config = DataConfig.parse(manifest.data_config)
+        modules = dict(base.named_modules())
+        self._states = nn.ModuleList(
+            SplitState(entry, modules[entry.name], partitions[entry.name]) for entry in manifest.layers
+        )
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x)
+
+    @property
+    def states(self) -> dict[str, SplitState]:
+        """The split layers by name, in network order."""
+        return {s.name: s for s in self._states}  # type: ignore[misc]
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self.states)
+
+    @cached_property
+    def tails(self) -> TailRunner:
+        """Plans the tails of all split layers on first use (two small passes, and one null tail a layer)."""
+        return TailRunner(self.base, self.layers, self.data_config.input_size)
+
+    def state(self, layer: str) -> SplitState:
+        """One split layer. LayerError with the closest names when the checkpoint does not have it."""
+        if layer not in self.states:
+            hint = did_you_mean(layer, self.layers) or f" It has {', '.join(self.layers)}."
+            raise LayerError(f"The checkpoint has no split layer {layer!r}.{hint}")
+        return self.states[layer]
+
+    def feature(self, name: str) -> Feature:
+        """A feature by name, checked to exist. FeatureError otherwise."""
+        feature = parse_feature(name, self.layers)
+        return self.states[feature.layer].check(feature)
+
+    def record(self, x: Tensor, layers: Iterable[str] | None = None) -> Recording:
+        """A forward pass that keeps what `explain` and `steer` need of the given layers (default: all)."""
+        return self.tails.record(x, self.layers if layers is None else list(layers))
+
+    def subunits(self, x: Tensor, layer: str) -> Tensor:
+        """Uncentred sub-unit sums float32 [B, T, d, M + 1], `rest` last; plus the bias they add up to the layer's
+        output. Convolutions: T = H * W positions, row by row."""
+        state = self.state(layer)
+        with torch.no_grad():
+            return state.sums(self.record(x, [layer]).x[layer].float())
+
+    def concepts(self, x: Tensor, layer: str) -> Tensor:
+        """Concept activations float32 [B, T, K], columns as `concept_names(layer)`; 0 where a concept is of the other
+        token type."""
+        state = self.state(layer)
+        inputs = self.record(x, [layer]).x[layer].float()
+        columns = []
+        with torch.no_grad():
+            for token_type in state.live_types:
+                part = state.concept_activations(inputs, token_type)
+                full = part.new_zeros(len(x), state.layout.total, part.shape[-1])
+                full[:, state.layout.slices[token_type]] = part
+                columns.append(full)
+        return torch.cat(columns, -1)
+
+    def concept_names(self, layer: str) -> list[str]:
+        return self.state(layer).concept_names()
+
+    def explain(
+        self,
+        x: Tensor,
+        targets: Sequence[int | Target] | None = None,
+        *,
+        layers: Sequence[str] | None = None,
+        top_features: int = 10,
+        method: str = "auto",
+        level: str = "concepts",
+        steps: int = 4,
+        sign: str = "both",
+        heatmaps: bool = False,
+    ) -> list[list[Explanation]]:
+        """For every image, one explanation a target (default: each image's top class)."""
+        options = ExplainOptions(method, steps, level, top_features, sign, heatmaps)
+        names = self.layers if layers is None else [self.state(name).name for name in layers]
+        recording = self.record(x, names)
+        found = []
+        for row in range(len(x)):
+            top = [int(recording.logits[row].argmax())] if targets is None else targets
+            chosen = [Target(t) if isinstance(t, int) else t for t in top]
+            found.append(self.explain_row(recording, row, chosen, names, options))
+        return found
+
+    def explain_row(
+        self, recording: Recording, row: int, targets: list[Target], layers: list[str], options: ExplainOptions
+    ) -> list[Explanation]:
+        """Explanations of one image of a recorded pass, one a target."""
+        values = [float(t.value(recording.logits[row : row + 1])) for t in targets]
+        per_target: list[list[LayerExplanation]] = [[] for _ in targets]
+        for layer in layers:
+            explained = explain_row(self.tails, recording, row, self.states[layer], targets, options)
+            for slot, explanation in zip(per_target, explained, strict=True):
+                slot.append(explanation)
+        return [Explanation(t, v, e) for t, v, e in zip(targets, values, per_target, strict=True)]
+
+    def steer(self, x: Tensor, edits: Sequence[Edit]) -> Steered:
+        """The same edits on every image: default and steered outputs side by side."""
+        pairs = [(self.feature(e.feature), e) for e in edits]
+        touched = [name for name in self.layers if any(f.layer == name for f, _ in pairs)]
+        recording = self.record(x, touched)
+        return steer_rows(self.tails, recording, list(range(len(x))), self.states, pairs)
+
+    def explicit(self) -> nn.Module:
+        """The explicit form: a copy of the base model with every split layer as sub-units and their sum."""
+        return explicit_model(self.base, {n: (s.partition, s.layout) for n, s in self.states.items()})
+
+
+def build_base(source: ModelSource, directory: Path, *, trust_factory: bool = False) -> nn.Module:
+    """The architecture a checkpoint names. CheckpointError for code that is not trusted or was changed."""
+    if source.kind == "timm":
+        return build_timm(source.name, source.args)
+    folder = directory / "factory"
+    if not trust_factory:
+        raise CheckpointError(
+            f"{directory} carries code ({source.file}) that builds its model; read it, then load it with "
+            "trust_factory=True (--trust-factory, or `trust_factory: true` in the server's configuration)."
+        )
+    for name, expected in source.files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{directory} names a file outside itself ({name}); it is not to be trusted.")
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            raise CheckpointError(f"{path} is missing or was changed since the checkpoint was made; make it again.")
+    if source.file not in source.files or source.function is None:
+        raise CheckpointError(f"{directory} does not say which of its files builds the model; make it again.")
+    return Factory((folder / source.file).resolve(), source.function).build(source.args)[0]
+
+
+def load(checkpoint: str | Path, device: str | torch.device = "cpu", *, trust_factory: bool = False) -> EludeModel:
+    """Load a checkpoint directory, digests checked. CheckpointError says what does not fit and why."""
+    directory = Path(checkpoint)
+    manifest, tensors, partitions = read_checkpoint(directory)
+    for name, partition in partitions.items():
+        problems = partition.problems()
+        if problems:
+            raise CheckpointError(f"The partition of {name} in {directory} is damaged: {problems[0]}.")
+    base = build_base(manifest.model, directory, trust_factory=trust_factory)
+    load_weights(base, tensors, str(directory))
+    base.requires_grad_(False)
+    modules = dict(base.named_modules())
+    for entry in manifest.layers:
+        module = modules.get(entry.name)
+        if module is None or tuple(module.weight.shape[:2]) != (entry.neurons, entry.inputs):
+            raise CheckpointError(f"{directory} splits {entry.name}, which its model does not have in that shape.")
+    return EludeModel(base, manifest, partitions).to(device)

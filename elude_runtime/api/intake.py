@@ -1,0 +1,179 @@
+"""From the bytes of one request to a validated document and an image."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from pydantic import ValidationError
+
+from elude_runtime.api.config import ServingConfig
+from elude_runtime.api.problems import Problem, at, invalid_document
+from elude_runtime.api.schema import Explain, JSONError, Request, parse_json
+from elude_runtime.errors import ImagesError
+from elude_runtime.network.preprocessing import decode_image
+
+ROUTES = ("features", "vectors", "describe")
+_RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+
+# What the interface specifies and later versions bring, by its place in the document: answered 501, not 422.
+_EDIT_MODES = frozenset({"set", "cap", "floor", "add", "zero"})
+_EDIT_FIELDS = ("when", "unit", "side")
+_STEER_FIELDS = ("vectors", "policies", "strength_multiplier", "conflict")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request of a batch, as bytes. parts: {"body": …} of a raw or JSON body, {"image": …, "request": …} of a
+    multipart one; content_type: lower case, without parameters; explain: it came in on /explanations; route: what
+    follows the version in the path."""
+
+    parts: Mapping[str, bytes]
+    content_type: str
+    explain: bool
+    route: str
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What one request asks: its validated document and its upright RGB image."""
+
+    request: Request
+    image: Image.Image
+
+
+def read_row(row: Row, config: ServingConfig) -> Intake:
+    """Validate one request and decode its image. Raises Problem."""
+    document, encoded = _documents(row, config)
+    _refuse_later(document)
+    if row.explain and isinstance(document, dict):
+        document.setdefault("explain", {})
+    try:
+        request = Request.model_validate(document)
+    except ValidationError as error:
+        raise invalid_document(error) from error
+    _check_limits(request, config)
+    if encoded is None:
+        if request.image is None:
+            raise Problem("invalid-document", "image: the request has no image.", at(["image"], "Field required"))
+        try:
+            encoded = base64.b64decode(request.image.b64, validate=True)
+        except (binascii.Error, ValueError) as error:
+            detail = "image.b64: the text is not base64."
+            raise Problem("invalid-image", detail, at(["image", "b64"], "not base64")) from error
+    elif request.image is not None:
+        raise Problem("invalid-document", "image: the image came as a part of its own; leave it out of the document.")
+    if len(encoded) > config.max_image_bytes:
+        raise Problem("image-too-large", f"The image has {len(encoded)} bytes, the limit is {config.max_image_bytes}.")
+    try:
+        image = decode_image(bytes(encoded), config.max_image_pixels)
+    except ImagesError as error:
+        too_large = "the limit is" in str(error)
+        raise Problem("image-too-large" if too_large else "invalid-image", str(error)) from error
+    return Intake(request, image)
+
+
+def route_of(row: Row, config: ServingConfig) -> str:
+    """"" for a prediction, "describe" for a description. Problem for what is unknown (404) or comes later (501)."""
+    route = row.route
+    if route and route not in ROUTES:
+        raise Problem("unknown-route", f"There is no sub-route {route[:40]!r}; there are {', '.join(ROUTES)}.")
+    if not route and row.content_type == "application/json" and b'"op"' in row.parts.get("body", b""):
+        document = _json(row.parts["body"], config)
+        route = str(document.get("op", "")) if isinstance(document, dict) else ""
+        if route and route not in ROUTES:
+            raise Problem("unknown-route", f"There is no operation {route[:40]!r}; there are {', '.join(ROUTES)}.")
+    if route in ("features", "vectors"):
+        raise _later(f"the sub-route {route!r}")
+    return route
+
+
+def _documents(row: Row, config: ServingConfig) -> tuple[Any, bytes | None]:
+    """(request document, encoded image where it came as bytes of its own)."""
+    parts = row.parts
+    if row.content_type == "multipart/form-data" or "image" in parts or "request" in parts:
+        unknown = sorted(set(parts) - {"image", "request"})
+        if unknown or "image" not in parts:
+            raise Problem("invalid-document", "A multipart request has the parts `image` (a file) and `request` (JSON).")
+        return _json(parts["request"], config) if parts.get("request") else {}, parts["image"]
+    body = parts.get("body", parts.get("data", b""))
+    if row.content_type == "application/json" or (row.content_type in _RAW_TYPES and body[:1] == b"{"):
+        return _json(body, config), None
+    if row.content_type in _RAW_TYPES or row.content_type.startswith("image/"):
+        if not body:
+            raise Problem("invalid-image", "The body is empty; send an image, or a JSON document with one.")
+        return {}, body
+    raise Problem(
+        "unsupported-content-type",
+        f"Content type {row.content_type[:60]!r} is not taken; send an image, application/json or multipart/form-data.",
+    )
+
+
+def _json(body: bytes, config: ServingConfig) -> Any:
+    try:
+        return parse_json(bytes(body), config.max_json_depth)
+    except JSONError as error:
+        raise Problem("not-json", str(error)) from error
+
+
+def _refuse_later(document: Any) -> None:
+    """Problem 501 for parts of the interface that this version does not have."""
+    if not isinstance(document, dict):
+        return
+    for key, what in (("activations", "`activations`"), ("instances", "KServe V1"), ("inputs", "KServe V2")):
+        if key in document:
+            raise _later(what)
+    explain, steer = document.get("explain"), document.get("steer")
+    if isinstance(explain, dict):
+        if explain.get("pixels") is True:
+            raise _later("`explain.pixels`")
+        if explain.get("pixels") is False:
+            del explain["pixels"]
+        if explain.get("heatmaps") == "png":
+            raise _later("`explain.heatmaps: png`")
+    if not isinstance(steer, dict):
+        return
+    for key in _STEER_FIELDS:
+        if key in steer:
+            raise _later(f"`steer.{key}`")
+    for edit in steer.get("edits") if isinstance(steer.get("edits"), list) else []:
+        if not isinstance(edit, dict):
+            continue
+        if edit.get("mode") in _EDIT_MODES if isinstance(edit.get("mode"), str) else False:
+            raise _later(f"the edit mode {edit['mode']!r}")
+        for key in _EDIT_FIELDS:
+            if key in edit:
+                raise _later(f"`steer.edits.{key}`")
+        scope = edit.get("apply")
+        if isinstance(scope, dict) and scope != {"tokens": "all"}:
+            raise _later("`steer.edits.apply` other than all tokens")
+
+
+def _later(what: str) -> Problem:
+    return Problem("not-implemented", f"This version does not have {what} yet; `describe` shows the schema it takes.")
+
+
+def _check_limits(request: Request, config: ServingConfig) -> None:
+    explain: Explain | None = request.explain
+    found: list[tuple[str, int, int]] = []
+    if explain is not None:
+        targets = sum(getattr(t, "top", 1) for t in explain.targets)
+        found += [
+            ("explain.targets", targets, config.max_targets),
+            ("explain.layers", len(explain.layers or []), config.max_layers),
+            ("explain.top_features", explain.top_features, config.max_top_features),
+            ("explain.steps", explain.steps, config.max_steps),
+        ]
+        if explain.method == "ablation":
+            ablations = targets * explain.top_features * max(1, len(explain.layers or []))
+            found.append(("explain.top_features times targets and layers, with ablation", ablations, config.max_ablations))
+    if request.steer is not None:
+        found.append(("steer.edits", len(request.steer.edits), config.max_edits))
+    for name, value, limit in found:
+        if value > limit:
+            raise Problem("limit-exceeded", f"{name} is {value}, the limit is {limit}; ask for less.")

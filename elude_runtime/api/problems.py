@@ -1,0 +1,63 @@
+"""Problems: what went wrong with one request, as an RFC 9457 document that says what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from elude_runtime.api.schema import ProblemDocument, ProblemError
+
+# type: (status, title). The type is a stable name that clients may switch on.
+PROBLEMS: dict[str, tuple[int, str]] = {
+    "not-json": (400, "The body is not JSON"),
+    "unknown-route": (404, "Unknown sub-route"),
+    "other-checkpoint": (412, "Another checkpoint is served"),
+    "image-too-large": (413, "The image is too large"),
+    "unsupported-content-type": (415, "Unsupported content type"),
+    "invalid-document": (422, "The document does not validate"),
+    "invalid-image": (422, "The image cannot be decoded"),
+    "unknown-feature": (422, "Unknown feature"),
+    "unknown-layer": (422, "Unknown layer"),
+    "unknown-label": (422, "Unknown label"),
+    "invalid-target": (422, "The target does not fit the model"),
+    "invalid-edit": (422, "The edits cannot be carried out"),
+    "limit-exceeded": (422, "A limit is exceeded"),
+    "response-too-large": (422, "The response would be too large"),
+    "internal-error": (500, "Internal error"),
+    "non-finite-output": (500, "The model's output is not finite"),
+    "not-implemented": (501, "Not implemented in this version"),
+}
+
+
+class Problem(Exception):  # noqa: N818 - the field's own word (RFC 9457)
+    """Ends the work on one request; the other rows of its batch go on."""
+
+    def __init__(self, kind: str, detail: str, errors: list[ProblemError] | None = None) -> None:
+        super().__init__(detail)
+        self.kind, self.detail, self.errors = kind, detail, errors
+
+    @property
+    def status(self) -> int:
+        return PROBLEMS[self.kind][0]
+
+    def document(self) -> ProblemDocument:
+        status, title = PROBLEMS[self.kind]
+        return ProblemDocument(type=self.kind, title=title, status=status, detail=self.detail, errors=self.errors)
+
+
+def at(loc: list[str | int], msg: str, suggestions: list[str] | None = None) -> list[ProblemError]:
+    """One entry of `errors`: where in the document, what, and the closest known names."""
+    return [ProblemError(loc=loc, msg=msg, suggestions=suggestions or None)]
+
+
+def invalid_document(error: ValidationError) -> Problem:
+    """A failed validation. Values of the client are not echoed; at most 20 places are named."""
+    errors = [ProblemError(loc=_plain(e["loc"]), msg=e["msg"]) for e in error.errors(include_input=False, include_url=False)]
+    first = errors[0]
+    where = ".".join(map(str, first.loc)) or "the document"
+    return Problem("invalid-document", f"{where}: {first.msg}.", errors[:20])
+
+
+def _plain(loc: tuple[Any, ...]) -> list[str | int]:
+    return [part if isinstance(part, int) else str(part)[:80] for part in loc]

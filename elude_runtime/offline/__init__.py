@@ -1,0 +1,1 @@
+"""The long-running jobs: rewrite, verify, and the feature table."""

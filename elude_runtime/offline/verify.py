@@ -1,0 +1,311 @@
+"""`elude verify`: the certificate that a checkpoint changes nothing, against a base model rebuilt from its own source."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from torch import Tensor, nn
+
+from elude_runtime.analysis.model import EludeModel, build_base
+from elude_runtime.checkpoint.manifest import Manifest
+from elude_runtime.checkpoint.storage import CALIBRATION_TENSOR, read_checkpoint, read_tensors, split_tensors, tensors_sha256, write_json
+from elude_runtime.errors import EludeError
+from elude_runtime.network.build import load_weights
+from elude_runtime.network.linear_map import LinearMap
+from elude_runtime.network.preprocessing import DataConfig, decode_image, to_input
+from elude_runtime.offline.images import ImageSource, list_images
+from elude_runtime.partition import Partition
+from elude_runtime.partition.sums import concept_weight, wide_weight
+
+VERIFICATION = "verification.json"
+FLOAT64_BOUND = 1e-12
+_MEAN_BOUND = 1e-5  # of the neuron's own scale: float32 storage and another order of summation
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One part of the certificate. figures: numbers as measured; detail: one sentence for a person."""
+
+    name: str
+    holds: bool
+    detail: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The certificate: it holds when every check does."""
+
+    checkpoint_sha256: str
+    checks: list[Check]
+    images: int
+    environment: dict[str, Any]
+
+    @property
+    def holds(self) -> bool:
+        return all(c.holds for c in self.checks)
+
+    def document(self) -> dict[str, Any]:
+        made = datetime.now(UTC).isoformat(timespec="seconds")
+        return {"holds": self.holds, "made": made, **asdict(self)}
+
+
+def verify(
+    checkpoint: Path,
+    base: nn.Module,
+    data_config: DataConfig,
+    images: Path | Tensor,
+    *,
+    batch_sizes: tuple[int, ...] = (1, 8),
+    limit: int | None = None,
+    few: int = 4,
+    trust_factory: bool = False,
+    write: bool = True,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check a checkpoint against `base`, the model built from its own source with its own weights (eval mode).
+
+    data_config: the base model's preprocessing; images: a folder, or preprocessed images [N, 3, H, W]; few: images
+    for the float64 checks. Writes `verification.json` unless told not to. CheckpointError for a checkpoint that
+    cannot be read at all; what can be read and does not hold is a failed check.
+    """
+    report = progress or (lambda *_: None)
+    base = base.eval().requires_grad_(False)
+    manifest, tensors, partitions = read_checkpoint(checkpoint, check=False)
+    own = {n: t for n, t in split_tensors(read_tensors(checkpoint))[1].items() if n != CALIBRATION_TENSOR}
+    checks = [check_tensors(manifest, tensors, own, base), check_partition(manifest, own, partitions)]
+    source = ImageSource(images, data_config, batch_size=max(batch_sizes), limit=limit)
+    count = 0
+    if checks[-1].holds:
+        rebuilt = build_base(manifest.model, checkpoint, trust_factory=trust_factory)
+        load_weights(rebuilt, tensors, str(checkpoint))
+        model = EludeModel(rebuilt.requires_grad_(False), manifest, partitions)
+        logits, count = check_logits(model, base, source, batch_sizes, report)
+        same = sha256(b"".join(sorted(source.report.hashes))).hexdigest() == manifest.calibration.sha256
+        sample = torch.cat([b for b, _ in zip(source.batches(), range(few), strict=False)])[:few]
+        report("float64", 0, None)
+        checks += [
+            logits[0],
+            check_additivity(model, base, sample),
+            check_means(model, base, source if same else None),
+            check_explicit(base, model.explicit(), sample),
+        ]
+        checks += [check_preprocessing(manifest, data_config, images)] if isinstance(images, Path) else []
+        checks += logits[1:]
+    environment = {"torch": torch.__version__, "timm": timm.__version__, "threads": torch.get_num_threads()}
+    environment["device"] = str(next(base.parameters()).device)
+    result = Verification(manifest.checkpoint_sha256, checks, count, environment)
+    if write:
+        write_json(checkpoint / VERIFICATION, result.document())
+    return result
+
+
+def check_tensors(manifest: Manifest, tensors: dict[str, Tensor], own: dict[str, Tensor], base: nn.Module) -> Check:
+    """Every base tensor under its own name, with its own dtype and bytes; both digests as the manifest has them."""
+    expected = base.state_dict()
+    names = sorted(set(tensors) ^ set(expected))
+    changed = [n for n in expected if n in tensors and not _same_bits(tensors[n], expected[n])]
+    digests = {
+        "base_sha256": tensors_sha256(tensors) == manifest.base_sha256,
+        "partition_sha256": tensors_sha256(own) == manifest.partition_sha256,
+    }
+    figures = {"tensors": len(expected), "changed": len(changed), "names_that_differ": len(names), **digests}
+    if names or changed:
+        first = (changed or names)[0]
+        return Check("tensors", False, f"{len(changed) + len(names)} tensors differ from the base model's, first {first}.", figures)
+    wrong = [n for n, ok in digests.items() if not ok]
+    if wrong:
+        return Check("tensors", False, f"The tensors do not hash to the manifest's {' and '.join(wrong)}.", figures)
+    return Check("tensors", True, f"All {len(expected)} base tensors are byte-identical.", figures)
+
+
+def check_partition(manifest: Manifest, own: dict[str, Tensor], partitions: dict[str, Partition]) -> Check:
+    """Every edge in one existing sub-unit or `rest`, every sub-unit in one existing concept or `rest`."""
+    problems = [f"{name}: {p}" for name, partition in partitions.items() for p in partition.problems()]
+    figures = {name: {"subunits": int(p.counts.long().sum()), "rest_edges": float((p.edges == 255).float().mean())}
+               for name, p in partitions.items()}  # fmt: skip
+    if problems:
+        return Check("partition", False, f"{problems[0]}.", figures)
+    return Check("partition", True, "Every edge is in one sub-unit or rest, every sub-unit in one concept or rest.", figures)
+
+
+def check_logits(
+    model: EludeModel, base: nn.Module, source: ImageSource, batch_sizes: tuple[int, ...], report: Progress
+) -> tuple[list[Check], int]:
+    """Bit-equality of the outputs at every batch size, by the path that the server takes; and top-1 agreement."""
+    unequal = dict.fromkeys(batch_sizes, 0)
+    agree = count = 0
+    device = next(base.parameters()).device
+    dtype = next(base.parameters()).dtype
+    with torch.no_grad():
+        for images in source.batches():
+            images = images.to(device, dtype)
+            for size in batch_sizes:
+                for batch in images.split(size):
+                    expected, recorded = base(batch), model.record(batch).logits
+                    unequal[size] += len(batch) if not _same_bits(recorded, expected) else 0
+                    if size == batch_sizes[-1]:
+                        unequal[size] += 0 if _same_bits(model(batch), expected) else len(batch)
+                        agree += int((recorded.argmax(-1) == expected.argmax(-1)).sum())
+            count += len(images)
+            report("outputs", len(images), source.count)
+    bad = {size: n for size, n in unequal.items() if n}
+    figures = {"images": count, "unequal_rows": {str(k): v for k, v in unequal.items()}}
+    sizes = ", ".join(map(str, batch_sizes))
+    detail = f"The outputs of {count} images are bit-equal at batch sizes {sizes}."
+    if bad:
+        detail = f"{sum(bad.values())} output rows differ from the base model's, at batch sizes {', '.join(map(str, bad))}."
+    top1 = Check(
+        "top1_agreement", agree == count, f"{agree} of {count} images have the same top class.", {"agreement": agree / count}
+    )
+    return [Check("logits", not bad, detail, figures), top1], count
+
+
+def check_additivity(model: EludeModel, base: nn.Module, images: Tensor) -> Check:
+    """In float64: bias + sub-units = the layer's output; baseline + concepts = the layer's output."""
+    figures: dict[str, Any] = {}
+    worst = 0.0
+    modules = dict(base.named_modules())
+    images = images.to(next(base.parameters()).device, next(base.parameters()).dtype)
+    recording = model.record(images)
+    with torch.no_grad():
+        for name, state in model.states.items():
+            linear = LinearMap(modules[name], name)  # the base model's own weights and bias
+            x = recording.x[name].double()
+            expected = linear.apply(x, linear.weight(torch.float64)) + linear.bias(torch.float64)
+            subunits = state.sums(x, torch.float64).sum(-1) + linear.bias(torch.float64)
+            concepts = _by_concepts(model, name, x)
+            scale = float(expected.abs().max())
+            errors = {
+                "subunits": float((subunits - expected).abs().max()) / scale,
+                "concepts": float((concepts - expected).abs().max()) / scale,
+            }
+            figures[name] = errors
+            worst = max(worst, *errors.values())
+    detail = f"Sub-units and concepts add up to the layer's output; largest relative error {worst:.1e} in float64."
+    return Check("additivity", worst <= FLOAT64_BOUND, detail, figures)
+
+
+def _by_concepts(model: EludeModel, layer: str, x: Tensor) -> Tensor:
+    """c + the sum of all concepts' writes, each by its own masked weight: float64 [B, T, d]."""
+    state = model.states[layer]
+    linear, partition, slices = state.linear, state.partition, state.layout.slices
+    mean = partition.mean.double()
+    parts = []
+    for token_type in range(partition.types):
+        inputs = x[:, slices[token_type]] if len(slices) > 1 else x
+        total: Tensor | float = linear.bias(torch.float64) + mean[token_type].sum(-1)
+        for concept in range(partition.concepts(token_type) + 1):
+            weight = concept_weight(linear.weight(torch.float64), partition, token_type, concept)
+            slots = partition.concept_slots(token_type) == concept
+            total = total + linear.apply(inputs, weight) - (mean[token_type] * slots).sum(-1)
+        parts.append(total)
+    return torch.cat(parts[::-1], 1)  # type: ignore[arg-type]
+
+
+def check_means(model: EludeModel, base: nn.Module, source: ImageSource | None) -> Check:
+    """The stored means are those of the calibration images, recomputed from the base model where these are given."""
+    if source is None:
+        text = "Not recomputed: these are not the calibration images; the means are covered by partition_sha256."
+        return Check("means", True, text, {"recomputed": False})
+    modules = dict(base.named_modules())
+    parameter = next(base.parameters())
+    sums: dict[str, list[Tensor]] = {}
+    counts = 0
+    with torch.no_grad():
+        for images in source.batches():
+            recording = model.record(images.to(parameter.device, parameter.dtype))
+            counts += len(images)
+            for name, state in model.states.items():
+                reads = LinearMap(modules[name], name).patches(recording.x[name])
+                fresh = [reads[:, s].mean(1, dtype=torch.float64).sum(0) for s in state.layout.slices]
+                sums[name] = [a + b for a, b in zip(sums[name], fresh, strict=True)] if name in sums else fresh
+    worst, figures = 0.0, {}
+    for name, state in model.states.items():
+        linear, partition = state.linear, state.partition
+        groups = torch.arange(linear.neurons) // (linear.neurons // linear.groups)
+        largest = 0.0
+        for token_type, total in enumerate(sums[name]):
+            wide = wide_weight(linear.weight(torch.float64), partition.slots(token_type), partition.subunits + 1)
+            mean = torch.einsum("kmjq,kjq->km", wide, (total / counts)[groups])
+            scale = mean.abs().amax(-1, keepdim=True) + partition.std[token_type].double().amax(-1, keepdim=True)
+            error = (mean - partition.mean[token_type].double()).abs() / scale.clamp(min=1e-12)
+            largest = max(largest, float(error.max()))
+        figures[name] = largest
+        worst = max(worst, largest)
+    detail = f"The stored means are those of the {counts} calibration images, to {worst:.1e} of the neuron's scale."
+    if worst > _MEAN_BOUND:
+        detail = f"A stored mean is not that of the calibration images: off by {worst:.1e} of the neuron's scale."
+    return Check("means", worst <= _MEAN_BOUND, detail, {"recomputed": True, **figures})
+
+
+def check_explicit(base: nn.Module, explicit: nn.Module, images: Tensor) -> Check:
+    """The explicit form gives the base model's outputs: float64 within 1e-12; float32 and bfloat16 as measured."""
+    figures: dict[str, Any] = {}
+    device = next(base.parameters()).device
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        narrow, wide = copy.deepcopy(base).to(dtype), copy.deepcopy(explicit).to(dtype)
+        x = images.to(device, dtype)
+        with torch.no_grad():
+            z, other = narrow(x).double(), wide(x).double()
+        key = str(dtype).removeprefix("torch.")
+        figures[key] = float((z - other).abs().max() / z.abs().max())
+    detail = (
+        f"Outputs of the explicit form, relative to the largest: float64 {figures['float64']:.1e}, "
+        f"float32 {figures['float32']:.1e}, bfloat16 {figures['bfloat16']:.1e}."
+    )
+    return Check("explicit", figures["float64"] <= FLOAT64_BOUND, detail, figures)
+
+
+def check_preprocessing(manifest: Manifest, data_config: DataConfig, folder: Path, limit: int = 32) -> Check:
+    """From the same image bytes, our decoding and the checkpoint's transform give the tensors of timm's own transform
+    with the base model's configuration."""
+    ours = DataConfig.parse(manifest.data_config).transform()
+    timms = create_transform(**data_config.as_dict() | {"input_size": data_config.input_size, "is_training": False})
+    compared = unequal = 0
+    for data in _readable(list_images(folder, limit)):
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        expected, found = timms(upright), to_input(decode_image(data), ours)
+        compared += 1
+        unequal += not (expected.shape == found.shape and torch.equal(expected, found))
+    same = DataConfig.parse(manifest.data_config) == data_config
+    figures = {"images": compared, "unequal": unequal, "data_config_equal": same}
+    if unequal or not same:
+        differing = [k for k, v in data_config.as_dict().items() if manifest.data_config.get(k) != v]
+        named = f" ({', '.join(differing)})" if differing else ""
+        text = f"The checkpoint's preprocessing is not the base model's{named}: {unequal} of {compared} images differ."
+        return Check("preprocessing", False, text, figures)
+    return Check("preprocessing", True, f"{compared} images give timm's own input tensors.", figures)
+
+
+def _readable(files: list[Path]) -> Iterator[bytes]:
+    for file in files:
+        try:
+            data = file.read_bytes()
+            decode_image(data)
+        except (EludeError, OSError):
+            continue
+        yield data
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Same dtype, shape and bytes; a NaN equals itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if not a.numel():
+        return True
+    return torch.equal(*(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
