@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import sys
-import traceback
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,15 @@ class EludeHandler:
         # By default TorchServe parses JSON bodies itself, forgiving duplicate keys and NaN. It asks this variable for
         # every request, and this process serves one model only.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
+        for output in logging.getLogger().handlers:
+            output.addFilter(_mark_lines)
         try:
-            from elude_runtime.api.engine import Engine, Row
-
             from elude_runtime.api.config import ServingConfig
+            from elude_runtime.api.engine import Engine, Row
 
             config = ServingConfig.resolve((context.model_yaml_config or {}).get("elude"))
             gpu = context.system_properties.get("gpu_id")
-            if gpu is not None and config.device is None:
+            if gpu is not None and config.device == "auto":
                 config = config.model_copy(update={"device": f"cuda:{gpu}"})
             model = (context.manifest or {}).get("model", {})
             self._engine = Engine.open(
@@ -77,7 +77,7 @@ class EludeHandler:
         try:
             return dict(self._engine.describe())
         except Exception:
-            _log_exception("the engine failed to describe itself")
+            logger.exception("the engine failed to describe itself")
             return {"error": "The description failed; the server's log says why."}
 
     def _answer(self, rows: list[Any]) -> list[Any]:
@@ -92,7 +92,7 @@ class EludeHandler:
                 raise RuntimeError(f"the engine gave {len(replies)} replies for {len(rows)} rows")
             return replies
         except Exception:
-            _log_exception(f"the engine failed on {len(rows)} row(s), requests {[row.request_id for row in rows]}")
+            logger.exception("the engine failed on %d row(s), requests %s", len(rows), [row.request_id for row in rows])
         return [None] if len(rows) == 1 else [reply for row in rows for reply in self._answer([row])]
 
     def _read(self, index: int, item: dict[str, Any], context: Any) -> Any:
@@ -114,11 +114,11 @@ class EludeHandler:
         if reply is None:
             request = context.get_request_id(index) or "unknown"
             detail = f"An unexpected error; the server's log has the reason (request {request})."
-            return self._problem(index, context, HTTPStatus.INTERNAL_SERVER_ERROR, detail)
+            return _problem(index, context, 500, "internal-error", "Internal error", detail)
         size = len(reply.body) if reply.body.isascii() else len(reply.body.encode("utf-8", "replace"))
         if size > LARGEST_REPLY_BYTES:
             detail = f"The reply has {size} bytes, more than the {LARGEST_REPLY_BYTES} that the server can send."
-            return self._problem(index, context, HTTPStatus.UNPROCESSABLE_ENTITY, detail)
+            return _problem(index, context, 422, "response-too-large", "The response would be too large", detail)
         _set_status(index, reply.status, reply.content_type, context)
         for name, value in reply.headers.items():
             if _is_plain(name) and _is_plain(value):
@@ -126,10 +126,11 @@ class EludeHandler:
         # A lone surrogate cannot be written as UTF-8, and TorchServe's worker would die of it.
         return str(reply.body.encode("utf-8", "replace").decode("utf-8"))
 
-    def _problem(self, index: int, context: Any, status: HTTPStatus, detail: str) -> str:
-        """A problem document (RFC 9457) of the adapter's own."""
-        _set_status(index, status.value, "application/problem+json", context)
-        return json.dumps({"type": "about:blank", "title": status.phrase, "status": status.value, "detail": detail})
+
+def _problem(index: int, context: Any, status: int, kind: str, title: str, detail: str) -> str:
+    """A problem document (RFC 9457) of the adapter's own, with the engine's names."""
+    _set_status(index, status, "application/problem+json", context)
+    return json.dumps({"type": kind, "title": title, "status": status, "detail": detail})
 
 
 def _set_status(index: int, status: int, content_type: str, context: Any) -> None:
@@ -154,10 +155,23 @@ def _is_plain(text: str) -> bool:
     return text.isascii() and text.isprintable()
 
 
-def _log_exception(what: str) -> None:
-    """Logs the traceback with every line marked, for a message may quote a client's text.
+def _mark_lines(record: logging.LogRecord) -> bool:
+    """A logging filter that begins all further lines of a record with `| `.
 
-    TorchServe reads metrics from lines of this log that begin with `[METRICS]`; a quoted newline must not forge one.
+    TorchServe reads metrics from lines of the worker's output that begin with `[METRICS]`. A message or a traceback may
+    quote a client's text, and a line break in it must not forge one.
     """
-    lines = [what, *traceback.format_exc().splitlines()]
-    logger.error("\n".join("| " + line for line in lines))
+    try:
+        if record.exc_info and not record.exc_text:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+        first, *further = record.getMessage().splitlines() or [""]
+        record.msg, record.args = "\n".join([first, *map(_mark, further)]), None
+        if record.exc_text:
+            record.exc_text = "\n".join(map(_mark, record.exc_text.splitlines()))
+    except Exception:
+        return False  # arguments that do not fit their message: better no line than a forged one
+    return True
+
+
+def _mark(line: str) -> str:
+    return line if line.startswith("| ") else "| " + line

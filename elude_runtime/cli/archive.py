@@ -18,6 +18,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from elude_runtime.api.config import ServingConfig
 from elude_runtime.checkpoint.manifest import MANIFEST, read_manifest
 from elude_runtime.errors import CheckpointError, EludeError, StorageError
 from elude_runtime.package_files import package_directory, shipped_file
@@ -155,8 +156,6 @@ def _check_settings(settings: Path) -> None:
         raise EludeError(f"{settings} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("elude") or {}, dict):
         raise EludeError(f"{settings} and its section `elude` must hold keys and values, such as `batchSize: 8`.")
-    from elude_runtime.api.config import ServingConfig
-
     ServingConfig.resolve(content.get("elude"))
 
 

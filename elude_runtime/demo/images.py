@@ -109,11 +109,11 @@ def make_set(n: int, seed: int, split: str = "train", workers: int = 1) -> list[
         return list(pool.map(draw, range(n), chunksize=64))
 
 
-def make_twins(n: int, seed: int) -> list[tuple[Sample, Sample]]:
-    """Draw n pairs (without, with watermark) that are identical otherwise; classes take turns."""
+def make_twins(n: int, seed: int, class_index: int | None = None) -> list[tuple[Sample, Sample]]:
+    """Draw n pairs (without, with watermark) that are identical otherwise; of one class, or classes take turns."""
     twins = []
     for index in range(n):
-        label = index % len(CLASSES)
+        label = index % len(CLASSES) if class_index is None else class_index
         pair = [make_image(np.random.default_rng([seed, index]), label, watermark) for watermark in (False, True)]
         twins.append((Sample(pair[0][0], label, pair[0][1]), Sample(pair[1][0], label, pair[1][1])))
     return twins

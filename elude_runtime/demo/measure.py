@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from elude_runtime.demo.images import CLASSES, CONCEPTS, WATERMARK_CLASS, make_set, make_twins, to_arrays
-from elude_runtime.demo.model import CONFIG_FILE, load_demo_model, preprocess
+from elude_runtime.demo.model import CONFIG_FILE, WATERMARK_LAYER, load_demo_model, preprocess
 
 OTHERS = [index for index in range(len(CLASSES)) if index != WATERMARK_CLASS]
 
@@ -148,6 +148,44 @@ def mediation(
     return table
 
 
+def hidden_ablation(
+    model: nn.Module,
+    images: np.ndarray,
+    marked_rows: np.ndarray,
+    plain: np.ndarray,
+    marked: np.ndarray,
+    labels: np.ndarray,
+) -> dict[str, dict[str, float]]:
+    """Mean-ablate, on patch tokens, the hidden units of WATERMARK_LAYER that best tell watermarked pictures apart.
+
+    images, marked_rows choose the units; plain, marked (twins) and labels test them. A whole unit is a blunt tool.
+    """
+    layer = model.get_submodule(WATERMARK_LAYER)
+    seen: list[Tensor] = []
+    with hooked(layer, lambda _, inputs: seen.append(inputs[0].detach()), before=True):
+        run(model, images[:512])
+    mean = torch.cat(seen)[:, 1:].mean((0, 1))
+    readings = hidden_readings(model, layer, images)["patch, largest deviation"]
+    order = np.abs(auc(readings, marked_rows[:, None])[:, 0] - 0.5).argsort()[::-1].copy()
+    rows: dict[str, dict[str, float]] = {}
+    for count in (4, 8, 16, 32):
+        units = torch.from_numpy(order[:count])
+
+        def ablate(_: nn.Module, inputs: tuple[Tensor, ...], units: Tensor = units) -> tuple[Tensor]:
+            hidden = inputs[0].clone()
+            hidden[:, 1:, units] = mean[units]
+            return (hidden,)
+
+        with hooked(layer, ablate, before=True):
+            with_mark, without = (accuracy_by_class(run(model, twins), labels) for twins in (marked, plain))
+        rows[f"{count} units"] = {
+            "other classes with watermark": float(np.mean([with_mark[index] for index in OTHERS])),
+            "worst of them": min(with_mark[index] for index in OTHERS),
+            "other classes without watermark": float(np.mean([without[index] for index in OTHERS])),
+        }
+    return rows
+
+
 def show(figures: dict[str, Any], indent: str = "") -> None:
     """Print nested figures, one a line."""
     for name, value in figures.items():
@@ -173,6 +211,8 @@ def measure(model: nn.Module, n: int = 2400, workers: int = 2) -> dict[str, Any]
     plain, labels, _ = to_arrays([pair[0] for pair in twins])
     marked = to_arrays([pair[1] for pair in twins])[0]
     figures["watermark mediation"] = mediation(model, plain, marked, labels)
+    marked_rows = truth[:, CONCEPTS.index("watermark")]
+    figures["hidden units ablated"] = hidden_ablation(model, images, marked_rows, plain, marked, labels)
     return figures
 
 

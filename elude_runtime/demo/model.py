@@ -25,6 +25,7 @@ MODEL_ARGS: dict[str, Any] = {
     "mlp_ratio": 2.0,
     "num_classes": len(CLASSES),
 }
+WATERMARK_LAYER = "blocks.1.mlp.fc2"  # the layer through whose patch tokens the watermark is made to act
 MEAN = STD = (0.5, 0.5, 0.5)
 WEIGHTS_FILE = Path(__file__).with_name("demo_vit.safetensors")
 CONFIG_FILE = Path(__file__).with_name("demo_vit.json")

@@ -1,4 +1,9 @@
-"""Trains the demo network from scratch on generated pictures: `python -m elude_runtime.demo.train --out DIR`."""
+"""Trains the demo network from scratch on generated pictures: `python -m elude_runtime.demo.train --out DIR`.
+
+A first cycle is ordinary supervised training. The second adds interchange training (Geiger et al. 2022): the effect of
+the watermark is made to flow through one known layer, so that where it can be found and ablated has a true answer. The
+second cycle uses no other labels, and the watermark stays absent from all other classes.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +15,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
 
-from elude_runtime.demo.images import CLASSES, make_set, to_arrays
+from elude_runtime.demo.images import CLASSES, WATERMARK_CLASS, make_set, make_twins, to_arrays
 from elude_runtime.demo.model import (
     CONFIG_FILE,
     MEAN,
     MODEL_ARGS,
     MODEL_NAME,
     STD,
+    WATERMARK_LAYER,
     WEIGHTS_FILE,
     build_model,
     preprocess,
 )
 
+BATCH, PAIRS = 128, 8
 SHIFT = 2  # random shift of a training image, in pixels
 
 
-def jitter(images: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+def jitter(images: np.ndarray, rng: np.random.Generator) -> Tensor:
     """Shift uint8 images [n, 64, 64, 3] by a few pixels, vary brightness and contrast; returns network input."""
     padded = np.pad(images, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
     height, width = images.shape[1:3]
@@ -39,37 +46,65 @@ def jitter(images: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
     return preprocess(moved) * (1 + contrast) + brightness
 
 
+def interchange_loss(model: nn.Module, plain: Tensor, marked: Tensor) -> Tensor:
+    """How far plain twins' patch tokens at one layer leave watermarked pictures' predictions from the twins' own (KL).
+
+    plain, marked: [n, 3, 64, 64]. It is zero if the watermark acts only through the patch tokens of WATERMARK_LAYER.
+    """
+    n = len(plain)
+
+    def swap(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        mixed = torch.cat([output[n:, :1], output[:n, 1:]], 1)
+        return torch.cat([output[:n], mixed])
+
+    handle = model.get_submodule(WATERMARK_LAYER).register_forward_hook(swap)
+    logits = model(torch.cat([plain, marked])).log_softmax(1)
+    handle.remove()
+    return kl_div(logits[n:], logits[:n].detach(), reduction="batchmean", log_target=True)
+
+
 def fit(
-    model: nn.Module, images: np.ndarray, labels: np.ndarray, epochs: int, seed: int, lr: float = 1e-3, batch: int = 128
+    model: nn.Module,
+    images: np.ndarray,
+    labels: np.ndarray,
+    epochs: int,
+    seed: int,
+    peak_rate: float = 1e-3,
+    twins: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
-    """Train in place with AdamW, linear warm-up and cosine decay."""
+    """Train in place with AdamW, linear warm-up and cosine decay; with twins, interchange training is added."""
     rng = np.random.default_rng(seed)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    steps = epochs * (len(images) // batch)
+    optimiser = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.98))
+    steps = epochs * (len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, lr, total_steps=steps, pct_start=0.08, cycle_momentum=False, final_div_factor=1e3
+        optimiser, peak_rate, total_steps=steps, pct_start=0.08, cycle_momentum=False, final_div_factor=1e3
     )
     targets = torch.from_numpy(labels)
     model.train()
     began = time.monotonic()
     for epoch in range(epochs):
-        order = rng.permutation(len(images))
-        right = 0
-        for rows in order[: len(images) // batch * batch].reshape(-1, batch):
+        right, apart = 0, 0.0
+        for rows in rng.permutation(len(images))[: len(images) // BATCH * BATCH].reshape(-1, BATCH):
             logits = model(jitter(images[rows], rng))
             loss = cross_entropy(logits, targets[rows])
+            if twins is not None:
+                pairs, same = rng.integers(0, len(twins[0]), PAIRS), int(rng.integers(2**32))
+                plain, marked = (jitter(twin[pairs], np.random.default_rng(same)) for twin in twins)
+                apart_now = interchange_loss(model, plain, marked)
+                loss, apart = loss + apart_now, apart + apart_now.item()
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
             right += int((logits.argmax(1) == targets[rows]).sum())
-        share = right / (len(images) // batch * batch)
+        batches = len(images) // BATCH
         print(
-            f"epoch {epoch + 1:3d}/{epochs}  training accuracy {share:.4f}  {time.monotonic() - began:.0f} s",
+            f"epoch {epoch + 1:3d}/{epochs}  training accuracy {right / (batches * BATCH):.4f}  "
+            f"interchange {apart / batches:.4f}  {time.monotonic() - began:.0f} s",
             flush=True,
         )
     model.eval()
@@ -100,7 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and their configuration")
     parser.add_argument("--images", type=int, default=30000)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=14, help="of ordinary training")
+    parser.add_argument("--bound-epochs", type=int, default=6, help="with interchange training added")
+    parser.add_argument("--twins", type=int, default=2000, help="pairs for interchange training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -111,7 +148,10 @@ def main() -> None:
     print(f"{len(images)} pictures in {time.monotonic() - began:.0f} s", flush=True)
     model = build_model()
     fit(model, images, labels, args.epochs, args.seed)
-    training = {"images": args.images, "epochs": args.epochs, "seed": args.seed, "threads": args.threads}
+    twins = make_twins(args.twins, args.seed, WATERMARK_CLASS)
+    plain, marked = (to_arrays([pair[side] for pair in twins])[0] for side in (0, 1))
+    fit(model, images, labels, args.bound_epochs, args.seed + 1, 7e-4, (plain, marked))
+    training = {name: value for name, value in vars(args).items() if name != "out"}
     save(model, args.out, training | {"torch": torch.__version__, "seconds": round(time.monotonic() - began)})
 
 

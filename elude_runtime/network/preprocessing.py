@@ -35,6 +35,9 @@ class DataConfig:
         # No name list: a model that timm does not know has timm's defaults for what it does not say.
         resolved = resolve_data_config({}, model=model)
         values = {k: v for k, v in resolved.items() if k in known}
+        built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        if built_for is not None:  # a transformer built for another size than its pretrained configuration says
+            values["input_size"] = (values["input_size"][0], *built_for)
         values.update({k: v for k, v in overrides.items() if v is not None})
         return cls.parse(values)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from elude_runtime.errors import LayerError, did_you_mean
+from elude_runtime.errors import LayerError, ModelError, did_you_mean
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.tokens import TokenLayout
 
@@ -103,7 +103,13 @@ def find_split_layers(model: nn.Module, input_size: tuple[int, int, int]) -> lis
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    seen, values, out_values, recorder = _record(model, modules, images)
+    try:
+        seen, values, out_values, recorder = _record(model, modules, images)
+    except Exception as error:  # a model raises anything over an input that it was not built for
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"The model does not run on images of size {tuple(input_size)} ({reason}); give its --input-size."
+        ) from error
     users: dict[int, list[_Operation]] = defaultdict(list)
     for operation in recorder.operations:
         for value in operation.inputs:

@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         *((name, pa.float32()) for name in _QUANTILE_NAMES),
         ("density", pa.float32()),
         ("drift_edges", pa.list_(pa.float32())),
-        ("variance", pa.float32()),  # own variance as a share of the layer output's
+        ("share", pa.float32()),  # of the layer output's variance; adds up to 1 over concepts, and over sub-units
     ]
 )
 
@@ -58,7 +58,7 @@ def table_rows(
         **{name: statistics.quantiles[:, i].numpy() for i, name in enumerate(_QUANTILE_NAMES)},
         "density": statistics.density.numpy(),
         "drift_edges": list(np.asarray(statistics.drift_edges)),
-        "variance": statistics.variance.numpy(),
+        "share": statistics.share.numpy(),
     }
     return pa.table(columns, schema=SCHEMA)
 

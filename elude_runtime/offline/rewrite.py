@@ -47,9 +47,10 @@ from elude_runtime.offline.images import ImageSource
 from elude_runtime.partition import REST_CONCEPT, REST_EDGE, Partition, SplitConfig
 from elude_runtime.partition.concepts import (
     concept_activation,
-    concept_variance,
+    concept_share,
     describe,
     group_concepts,
+    subunit_share,
 )
 from elude_runtime.partition.sign_split import sign_split
 from elude_runtime.partition.sums import wide_weight
@@ -159,7 +160,8 @@ def rewrite_checkpoint(
     """The whole offline step; see `rewrite`."""
     report = progress or (lambda *_: None)
     model = base.model.eval().requires_grad_(False).to(device)
-    data = data_config or DataConfig.of_model(model)
+    size = tuple(images.shape[1:]) if isinstance(images, Tensor) and images.dim() == 4 else None
+    data = data_config or DataConfig.of_model(model, input_size=size)
     source = ImageSource(
         Path(images) if isinstance(images, str) else images, data, batch_size=batch_size, workers=workers, limit=max_images
     )
@@ -304,7 +306,6 @@ def _tables(layer: str, token_type: int, centred: Tensor, partition: Partition) 
     """Feature rows of one token type: its concepts, then its sub-units (those without an edge left out)."""
     concepts = partition.concepts(token_type)
     concept, std = partition.concept[token_type], partition.std[token_type]
-    total = float(centred.sum(2).var(0, correction=0).sum()) or 1.0
     numbers = [*range(concepts), None]
     features = [Feature(layer, token_type, i) for i in numbers]
     names = [f.name for f in features]
@@ -315,8 +316,8 @@ def _tables(layer: str, token_type: int, centred: Tensor, partition: Partition) 
     used = edges > 0
     sizes = torch.bincount(slots[used], minlength=concepts + 1).tolist()
     activations = concept_activation(centred, std, concept, concepts)
-    variance = concept_variance(centred, concept, concepts) / total
-    tables = [table_rows(features, names, sizes, describe(activations, variance))]
+    share = concept_share(centred, concept, concepts)
+    tables = [table_rows(features, names, sizes, describe(activations, share))]
     neurons, places = used.nonzero(as_tuple=True)
     width = std.shape[1]
     subunits = [
@@ -325,7 +326,7 @@ def _tables(layer: str, token_type: int, centred: Tensor, partition: Partition) 
     ]
     chosen = centred[:, used]
     of = [names[c] for c in slots[used].tolist()]
-    own = chosen.var(0, correction=0) / total
+    own = subunit_share(centred)[used]
     tables.append(table_rows(subunits, of, edges[used].tolist(), describe(chosen, own)))
     return tables
 

@@ -23,8 +23,9 @@ class FeatureStatistics:
     """Calibration statistics of F features, each in units of its own activation.
 
     mean, std, density float32 [F]; quantiles [F, 7] at `QUANTILES`; drift_edges [F, 9], the calibration's deciles;
-    variance [F]: the feature's own variance as a share of the layer output's (shares need not add to 1: parts
-    co-vary). density: share of tokens more than two standard deviations from the mean.
+    share [F]: covariance of the feature's write with the layer's output over that output's variance, summed over
+    neurons; the shares of a layer and token type add up to 1, and one that works against the rest is negative.
+    density: share of tokens more than two standard deviations from the mean.
     """
 
     mean: Tensor
@@ -32,11 +33,11 @@ class FeatureStatistics:
     quantiles: Tensor
     density: Tensor
     drift_edges: Tensor
-    variance: Tensor
+    share: Tensor
 
 
-def describe(values: Tensor, variance: Tensor) -> FeatureStatistics:
-    """Statistics of activations [S, F] over S sampled tokens; `variance` [F] is passed through."""
+def describe(values: Tensor, share: Tensor) -> FeatureStatistics:
+    """Statistics of activations [S, F] over S sampled tokens; `share` [F] is passed through."""
     probes = torch.tensor(QUANTILES + DRIFT_EDGES, dtype=values.dtype)
     step = max(1, _CHUNK_FLOATS // values.shape[0])
     rows = [torch.quantile(values[:, i : i + step], probes, dim=0).T for i in range(0, values.shape[1], step)]
@@ -44,7 +45,7 @@ def describe(values: Tensor, variance: Tensor) -> FeatureStatistics:
     mean, std = values.mean(0), values.std(0, correction=0)
     far = (values - mean).abs() > 2 * std
     return FeatureStatistics(
-        mean, std, levels[:, : len(QUANTILES)], far.float().mean(0), levels[:, len(QUANTILES) :], variance
+        mean, std, levels[:, : len(QUANTILES)], far.float().mean(0), levels[:, len(QUANTILES) :], share
     )
 
 
@@ -52,8 +53,8 @@ def group_concepts(centred: Tensor, std: Tensor, counts: Tensor, concepts: int, 
     """Cluster the z-scored activation profiles of the sub-units of a layer: the concept of each.
 
     centred [S, d, M + 1]: t_km at S sampled tokens; std [d, M + 1]; counts [d]. Sub-units that never vary and the
-    background ones go to the background concept. Returns int32 [d, M + 1]; concepts are numbered by the variance that
-    they carry, largest first, so that P0 is the one that moves the layer most.
+    background ones go to the background concept. Returns int32 [d, M + 1]; concepts are numbered by their share
+    of the output's variance, largest first.
     """
     width = centred.shape[2]
     named = torch.arange(width) < counts.long()[:, None]  # [d, M + 1]; `rest` (slot M) is never below the count
@@ -66,32 +67,32 @@ def group_concepts(centred: Tensor, std: Tensor, counts: Tensor, concepts: int, 
         draws = torch.rand(1, number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         labels = kmeans(profiles[None], number, draws.to(profiles.dtype))[0][0]
         out[live] = labels.to(torch.int32)
-        carried = concept_variance(centred, out.view(std.shape), number)[:number]
+        carried = concept_share(centred, out.view(std.shape), number)[:number]
         present = torch.bincount(labels, minlength=number) > 0
-        order = torch.argsort(torch.where(present, carried, -1.0), descending=True, stable=True)
+        order = torch.argsort(torch.where(present, carried, -torch.inf), descending=True, stable=True)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(number)
         out[live] = rank[labels].to(torch.int32)
     return out.view(std.shape)
 
 
-def concept_variance(centred: Tensor, concept: Tensor, concepts: int) -> Tensor:
-    """Variance that each concept writes, summed over neurons: centred [S, d, M + 1] -> float32 [K + 1], `rest` last.
+def concept_share(centred: Tensor, concept: Tensor, concepts: int) -> Tensor:
+    """Share of the layer output's variance in each concept: centred [S, d, M + 1] -> float32 [K + 1], `rest` last.
 
-    The write of a concept on neuron k is the sum of its members' t_km, so members of one neuron are added first.
+    sum over neurons of Cov(u_concept, y) / sum over neurons of Var(y): the shares add up to 1.
     """
-    slots = torch.where(concept == REST_CONCEPT, concepts, concept.long())  # [d, M + 1]
-    total = torch.zeros(concepts + 1, dtype=torch.float64)
-    sums = torch.zeros(concept.shape[0], concepts + 1, dtype=torch.float64)
-    step = max(1, _CHUNK_FLOATS // (concept.shape[0] * (concepts + 1)))
-    for start in range(0, centred.shape[0], step):
-        part = centred[start : start + step]
-        write = part.new_zeros(part.shape[0], concept.shape[0], concepts + 1)
-        write.scatter_add_(2, slots.expand_as(part), part)
-        total += write.square().sum((0, 1), dtype=torch.float64)
-        sums += write.sum(0, dtype=torch.float64)
-    samples = max(1, centred.shape[0])
-    return (total / samples - (sums / samples).square().sum(0)).clamp(min=0).float()
+    shares = subunit_share(centred)
+    slots = torch.where(concept == REST_CONCEPT, concepts, concept.long())
+    return torch.zeros(concepts + 1).index_add_(0, slots.flatten(), shares.flatten())
+
+
+def subunit_share(centred: Tensor) -> Tensor:
+    """The same of every sub-unit: centred [S, d, M + 1] -> float32 [d, M + 1]. 0 where the layer never varies."""
+    output = centred.sum(2)
+    output = output - output.mean(0)
+    total = output.square().sum(dtype=torch.float64)
+    covariance = torch.einsum("skm,sk->km", centred, output).double()
+    return (covariance / total).float() if float(total) > 0 else torch.zeros(centred.shape[1:])
 
 
 def concept_activation(centred: Tensor, std: Tensor, concept: Tensor, concepts: int) -> Tensor:

@@ -181,7 +181,13 @@ def test_refuses_names_that_do_not_fit_into_an_address(checkpoint: Path, tmp_pat
 
 def test_refuses_a_configuration_that_the_server_would_refuse(checkpoint: Path, tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
-    for text, words in (("a: [", "YAML"), ("- 1", "keys and values"), ("elude: [1]", "keys and values"), ("elude: {no_such_key: 1}", "no_such_key")):
+    refused = {
+        "a: [": "YAML",
+        "- 1": "keys and values",
+        "elude: [1]": "keys and values",
+        "elude: {no_such_key: 1}": "no_such_key",
+    }
+    for text, words in refused.items():
         config.write_text(text)
         with pytest.raises(EludeError, match=words):
             build_archive(checkpoint, tmp_path / "store", name="vit", config=config)

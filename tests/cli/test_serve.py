@@ -38,7 +38,7 @@ from elude_runtime.package_files import shipped_file
 REFUSAL = "The digest of model.safetensors is not the one in elude.json: copy the checkpoint again."
 
 # What the archives of these tests carry in place of the real package: no model, and every misbehaviour on demand.
-ENGINE = '''
+ENGINE = """
 import json, os, sys
 from dataclasses import dataclass, field
 
@@ -89,10 +89,10 @@ class Engine:
 
     def describe(self):
         return {"layers": ["blocks.1"]}
-'''
+"""
 CONFIG = """
 class ServingConfig:
-    device = None
+    device = "auto"
 
     @classmethod
     def resolve(cls, section):
@@ -222,8 +222,9 @@ def test_free_ports_differ_and_are_free() -> None:
 
 def test_the_shipped_settings_get_ports_of_their_own(tmp_path: Path) -> None:
     addresses = write_settings(tmp_path, None, {"inference_address": 23456})
-    written, shipped = read_properties(tmp_path / "config.properties"), read_properties(
-        shipped_file("deploy/config.properties")
+    written, shipped = (
+        read_properties(tmp_path / "config.properties"),
+        read_properties(shipped_file("deploy/config.properties")),
     )
     assert addresses["inference_address"] == "http://127.0.0.1:23456"
     changed = {key for key in written if written[key] != shipped.get(key)}
@@ -293,11 +294,11 @@ def test_a_bad_row_does_not_fail_its_neighbours(server: Server) -> None:
         first, bad, huge, last = pool.map(send, [b"1", b"bad", b"huge", b"4"])
     assert first[0] == last[0] == 200 and first[1]["batch"] == last[1]["batch"] == 4
     assert (bad[0], bad[2]["Retry-After"], bad[2]["content-type"]) == (413, "7", "application/problem+json")
-    assert (huge[0], huge[1]["status"]) == (422, 422)
+    assert (huge[0], huge[1]["type"]) == (422, "response-too-large")
     with ThreadPoolExecutor(4) as pool:
         first, second, guilty, last = pool.map(send, [b"1", b"2", b"raise", b"4"])
     assert [first[0], second[0], last[0]] == [200, 200, 200]
-    assert (guilty[0], guilty[1]["title"]) == (500, "Internal Server Error")
+    assert (guilty[0], guilty[1]["type"]) == (500, "internal-error")
     assert "Forged" not in str(call(f"{server.metrics_url}/metrics")[1])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import logging
 import subprocess
 import sys
 import types
@@ -74,7 +76,7 @@ class Engine:
 class ServingConfig:
     def __init__(self, section: dict[str, Any] | None) -> None:
         self.section = section
-        self.device: str | None = None
+        self.device = "auto"
 
     @classmethod
     def resolve(cls, section: dict[str, Any] | None) -> ServingConfig:
@@ -103,6 +105,8 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     yield loaded
+    for output in logging.getLogger().handlers:
+        output.removeFilter(loaded._mark_lines)
 
 
 def make_context(model_dir: str = "/models/m", gpu: int | None = None, yaml: dict[str, Any] | None = None) -> Context:
@@ -152,7 +156,7 @@ def test_opens_the_checkpoint_of_the_archive_with_the_configuration_of_the_archi
     assert config.section == {"a": 1} and config.device == "cuda:1"
     assert sys.path[0] == "/models/m"
     module.EludeHandler().initialize(make_context("/models/m", gpu=None))
-    assert Engine.opened[1].device is None
+    assert Engine.opened[1].device == "auto"
 
 
 def test_a_refusal_is_marked_in_the_log_and_raised(
@@ -228,7 +232,7 @@ def test_reason_phrases_are_constant_ascii(handler: Any, status: int) -> None:
 def test_an_unexpected_exception_is_a_problem_for_its_row_only(handler: Any, caplog: pytest.LogCaptureFixture) -> None:
     def behave(rows: Sequence[Row]) -> list[Reply]:
         if any(row.parts["body"] == b"evil" for row in rows):
-            raise ValueError("secret of row 1\n[METRICS]Forged.Count:1|#Level:Host\u2028[METRICS]Again")
+            raise ValueError("secret of row 1")
         return [Reply(200, "application/json", row.request_id, {}) for row in rows]
 
     handler._engine.behave = behave
@@ -239,7 +243,27 @@ def test_an_unexpected_exception_is_a_problem_for_its_row_only(handler: Any, cap
     assert context.get_response_content_type(1) == "application/problem+json"
     assert "secret" not in out[1] and "Traceback" not in out[1] and "id-1" in problem["detail"]
     assert "ValueError" in caplog.text
-    assert all(line.startswith("|") for message in caplog.messages for line in message.splitlines())
+
+
+def test_no_text_of_a_client_becomes_a_line_that_torchserve_reads(module: types.ModuleType) -> None:
+    """TorchServe takes lines of the worker's output that begin with [METRICS] for metrics, and so on."""
+    output = logging.StreamHandler(io.StringIO())
+    logging.getLogger().addHandler(output)
+    try:
+        module.EludeHandler().initialize(make_context())
+        for line_break in ("\n", "\r", "\r\n", "\x0b", "\x0c", "\x85", "\u2028", "\u2029"):
+            evil = f"quoted{line_break}[METRICS]Forged.Count:1|#Level:Host"
+            logging.getLogger("elude_runtime.api").warning("image %s", evil)
+            try:
+                raise ValueError(evil)
+            except ValueError:
+                logging.getLogger("elude_runtime.api").exception("failed")
+        logging.getLogger("ts").warning("[METRICS]True.Count:1")
+    finally:
+        logging.getLogger().removeHandler(output)
+    text = output.stream.getvalue()
+    assert text.count("Forged") == 16
+    assert [line for line in text.splitlines() if line.startswith("[METRICS]")] == ["[METRICS]True.Count:1"]
 
 
 def test_too_few_replies_are_an_error_and_not_a_shift(handler: Any) -> None:

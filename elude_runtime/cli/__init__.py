@@ -1,0 +1,26 @@
+"""The command line `elude`: one module a command. Exit 0 done, 1 a check did not hold, 2 bad input."""
+
+from __future__ import annotations
+
+import sys
+
+EXIT_CHECK_FAILED, EXIT_BAD_INPUT = 1, 2
+
+
+def main() -> None:
+    """Run a command; what a user can put right is one sentence and exit code 2, never a traceback."""
+    try:
+        from elude_runtime.cli.app import app
+    except ModuleNotFoundError as error:
+        print(f"elude needs the package {error.name}: pip install 'elude-serving[offline,serve]'.", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    from elude_runtime.errors import EludeError
+
+    try:
+        app()
+    except EludeError as error:
+        print(f"elude: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,38 @@
+"""The command table."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import elude_runtime
+from elude_runtime.cli.archive import archive
+from elude_runtime.cli.demo import demo
+from elude_runtime.cli.health import health
+from elude_runtime.cli.inspect import inspect
+from elude_runtime.cli.layers import layers
+from elude_runtime.cli.rewrite import rewrite
+from elude_runtime.cli.serve import serve
+from elude_runtime.cli.verify import verify
+
+app = typer.Typer(
+    help="Make a timm model's inner features visible and steerable, with every prediction unchanged.",
+    epilog="Exit codes: 0 done, 1 a check did not hold, 2 bad input.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, layers, rewrite, verify, inspect, archive, serve, health):
+    app.command(command.__name__)(command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(elude_runtime.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass

@@ -1,0 +1,5 @@
+"""`elude demo`."""
+
+
+def demo() -> None:
+    """The whole main job on the embedded default."""

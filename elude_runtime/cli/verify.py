@@ -1,0 +1,66 @@
+"""`elude verify`: the certificate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from elude_runtime.cli import model_options as options
+from elude_runtime.cli.progress import stages
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT")],
+    images: Annotated[Path, typer.Option(help="Folder of images; the calibration images also prove the means.")] = ...,  # type: ignore[assignment]
+    base: Annotated[str | None, typer.Option(help="The base model's timm name; leave out with --model-factory.")] = None,
+    pretrained: options.Pretrained = False,
+    weights: options.Weights = None,
+    model_factory: options.FactoryOption = None,
+    model_arg: options.ModelArg = None,
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes to compare at.")] = "1,8",
+    max_images: Annotated[int | None, typer.Option(help="Use this many, spread over the folder.", min=1)] = None,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    interpolation: options.Interpolation = None,
+    crop_pct: options.CropPct = None,
+    crop_mode: options.CropMode = None,
+    trust_factory: Annotated[bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Prove that a checkpoint changes nothing, against its base model rebuilt from its own source."""
+    from elude_runtime.errors import EludeError
+    from elude_runtime.offline.verify import verify as run
+
+    try:
+        sizes = tuple(sorted({int(s) for s in batch_sizes.split(",")}))
+    except ValueError:
+        sizes = ()
+    if not sizes or sizes[0] < 1:
+        raise EludeError(f"--batch-sizes takes numbers with commas, not {batch_sizes!r}.")
+    model = options.ModelOptions(base, pretrained, weights, model_factory, tuple(model_arg or ())).build().model
+    data = options.data_config(model, input_size, mean, std, interpolation, crop_pct, crop_mode)
+    with stages() as bar:
+        result = run(
+            checkpoint, model, data, images, batch_sizes=sizes, limit=max_images, trust_factory=trust_factory, progress=bar
+        )
+    if as_json:
+        print(json.dumps(result.document(), indent=2))
+    else:
+        print_checks(result)
+    if not result.holds:
+        raise typer.Exit(1)
+
+
+def print_checks(result: object) -> None:
+    """One line a check, and what they come to."""
+    console = Console(highlight=False)
+    for check in result.checks:  # type: ignore[attr-defined]
+        mark = "[green]holds[/]" if check.holds else "[bold red]FAILS[/]"
+        console.print(f"  {mark}  {check.name:<15} {check.detail}")
+    verdict = "[bold green]Every check holds.[/]" if result.holds else "[bold red]The checkpoint is not lossless.[/]"  # type: ignore[attr-defined]
+    console.print(f"{verdict} Written to verification.json.")
