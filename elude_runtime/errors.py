@@ -26,6 +26,10 @@ class ImagesError(EludeError):
     """A folder, file or byte string that holds no usable image."""
 
 
+class ImageTooLargeError(ImagesError):
+    """An image with more pixels than are decoded."""
+
+
 class CheckpointError(EludeError):
     """A checkpoint that is damaged, foreign, newer than this software, or carries code nobody trusted."""
 

@@ -78,7 +78,12 @@ class Explanation:
 
 
 def explain_row(
-    runner: TailRunner, recording: Recording, row: int, state: SplitState, targets: list[Target], options: ExplainOptions
+    runner: TailRunner,
+    recording: Recording,
+    row: int,
+    state: SplitState,
+    targets: list[Target],
+    options: ExplainOptions,
 ) -> list[LayerExplanation]:
     """One layer's explanation of each target for image `row` of a recorded pass."""
     baseline_output = state.baseline()
@@ -101,7 +106,7 @@ def explain_row(
         listed = _describe(state, x, top, options)
         error: float | None = total - (value - baseline)
         if method == ABLATION:
-            listed = _ablated(runner, recording, row, state, x, y, target, listed)
+            listed = _ablated(runner, recording, row, state, x, y, target, listed, options.sign)
             error = None
         explained.append(LayerExplanation(state.name, method, baseline, error, listed))
     return explained
@@ -219,12 +224,15 @@ def _ablated(
     y: Tensor,
     target: Target,
     listed: list[FeatureAttribution],
+    sign: str,
 ) -> list[FeatureAttribution]:
-    """The listed features (chosen by gradient) with their true effect as attribution."""
+    """The listed features (chosen by gradient) with their true effect as attribution; those whose effect turns out to
+    have the other sign than asked for are left out."""
     effects = ablation_effects(runner, recording, row, state, x, y, target, [f.feature for f in listed])
     measured = [
         FeatureAttribution(f.feature, f.activation, f.token, -effect, effect, 0.0, f.heatmap)
         for f, effect in zip(listed, effects, strict=True)
     ]
-    return sorted(measured, key=lambda f: -abs(f.attribution))
-
+    wanted = {"both": (-1, 0, 1), "positive": (1,), "negative": (-1,)}[sign]
+    kept = [f for f in measured if (f.attribution > 0) - (f.attribution < 0) in wanted]
+    return sorted(kept, key=lambda f: -abs(f.attribution))

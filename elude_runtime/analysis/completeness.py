@@ -29,7 +29,9 @@ def measure_completeness(
         else:
             target = Target(direction=tuple((out / out.norm()).tolist()))
         for method in (GRADIENT, INTEGRATED):
-            explanation = model.explain_row(recording, row, [target], model.layers, ExplainOptions(method, top_features=1))
+            explanation = model.explain_row(
+                recording, row, [target], model.layers, ExplainOptions(method, top_features=1)
+            )
             for layer in explanation[0].layers:
                 if layer.completeness_error is not None:
                     difference = abs(explanation[0].value - layer.baseline)

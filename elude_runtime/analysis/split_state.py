@@ -65,7 +65,9 @@ class SplitState(nn.Module):
         """The feature itself. FeatureError if this layer has none of that name, or its tokens have no effect."""
         letter = LETTERS[feature.token_type]
         if feature.token_type >= self.layout.types:
-            raise FeatureError(f"{feature} does not exist: {self.name} has no class token, only '{LETTERS[0]}' features.")
+            raise FeatureError(
+                f"{feature} does not exist: {self.name} has no class token, only '{LETTERS[0]}' features."
+            )
         if feature.token_type not in self.live_types:
             raise FeatureError(
                 f"{feature} has no effect: no such token of {self.name} can change the output; choose its other token type."
@@ -107,9 +109,7 @@ class SplitState(nn.Module):
             return self.concept_activations(x, feature.token_type)[..., self.slot(feature)]
         neuron = torch.tensor([feature.neuron], device=x.device)
         slot = torch.tensor([self.slot(feature)], device=x.device)
-        row = subunit_weight(
-            self.linear.weight(), self.partition, feature.token_type, neuron, slot, self.linear.groups
-        )
+        row = subunit_weight(self.linear.weight(), self.partition, feature.token_type, neuron, slot, self.linear.groups)
         mean = self.partition.mean[feature.token_type, feature.neuron, self.slot(feature)]
         return self._on(x, feature.token_type, row, groups=1)[..., 0] - mean
 

@@ -58,7 +58,11 @@ class Steered:
 
 
 def steer_rows(
-    runner: TailRunner, recording: Recording, rows: list[int], states: dict[str, SplitState], edits: list[tuple[Feature, Edit]]
+    runner: TailRunner,
+    recording: Recording,
+    rows: list[int],
+    states: dict[str, SplitState],
+    edits: list[tuple[Feature, Edit]],
 ) -> Steered:
     """Apply edits to the chosen images of a recorded pass. states: by layer, in network order.
 

@@ -39,7 +39,9 @@ class ServingConfig(BaseModel):
     max_response_bytes: int = Field(6_000_000, ge=10_000, description="below TorchServe's own max_response_size")
 
     @classmethod
-    def resolve(cls, yaml: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None) -> ServingConfig:
+    def resolve(
+        cls, yaml: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
+    ) -> ServingConfig:
         """YAML values with the environment's put over them. ConfigError names the key that cannot be used."""
         values = dict(yaml or {})
         for key in cls.model_fields:

@@ -47,9 +47,6 @@ class Answered:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-Reply = Answered
-
-
 @dataclass
 class _Job:
     """One row that got as far as the model. layers: split layers its explanation or edits need."""
@@ -103,7 +100,9 @@ class Engine:
             "classes": len(self.labels) or None,
             "layers": [
                 {
-                    **entry.model_dump(include={"name", "kind", "neurons", "inputs", "subunits", "token_types", "follows"}),
+                    **entry.model_dump(
+                        include={"name", "kind", "neurons", "inputs", "subunits", "token_types", "follows"}
+                    ),
                     "attribution": entry.attribution.model_dump(),
                     "tail": self._tail_modes[entry.name],
                 }
@@ -126,7 +125,7 @@ class Engine:
         replies: list[Answered | None] = [None] * len(rows)
         jobs: dict[int, _Job] = {}
         for number, row in enumerate(rows):
-            made = self._guard(lambda row=row: self._read(row), row)  # type: ignore[misc]
+            made = self._guard(lambda row=row: self._read(row), row)
             if isinstance(made, _Job):
                 jobs[number] = made
             else:
@@ -135,7 +134,7 @@ class Engine:
             recording = self._forward(list(jobs.values()))
             for position, (number, job) in enumerate(jobs.items()):
                 work = lambda p=position, j=job: self._finish(recording, p, j, len(jobs), started)  # noqa: E731
-                replies[number] = self._guard(work, rows[number])  # type: ignore[assignment]
+                replies[number] = self._guard(work, rows[number])
         return [r for r in replies if r is not None]
 
     def _guard(self, work: Any, row: Row) -> Any:
@@ -201,7 +200,7 @@ class Engine:
             if isinstance(target, schema.DirectionTarget):
                 found.append(Target(direction=tuple(target.direction)))
             elif embedding:
-                detail = "The model has no classes; give targets as {\"direction\": [...]}."
+                detail = 'The model has no classes; give targets as {"direction": [...]}.'
                 raise Problem("invalid-target", detail, at(["explain", "targets", number], "needs a direction"))
             elif isinstance(target, schema.LabelTarget):
                 found.append(Target(self._class_of(target.label, number)))
@@ -210,7 +209,7 @@ class Engine:
             elif isinstance(target, schema.IndexTarget):
                 found.append(Target(target.index, target.versus))
             elif logits is not None:
-                count = 1 if target == "top1" else min(target.top, logits.shape[-1])  # type: ignore[union-attr]
+                count = 1 if target == "top1" else min(target.top, logits.shape[-1])
                 found += [Target(int(i)) for i in logits[0].topk(count).indices]
         if logits is not None:
             for chosen in found:
@@ -224,7 +223,9 @@ class Engine:
         if label not in self.labels:
             near = closest(label, self.labels)
             raise Problem(
-                "unknown-label", f"The model has no label {label[:80]!r}.", at(["explain", "targets", number], "unknown", near)
+                "unknown-label",
+                f"The model has no label {label[:80]!r}.",
+                at(["explain", "targets", number], "unknown", near),
             )
         return self.labels.index(label)
 
@@ -243,7 +244,9 @@ class Engine:
         request = job.intake.request
         logits = recording.logits[position]
         if not bool(torch.isfinite(logits).all()):
-            raise Problem("non-finite-output", "The model's output for this image is not finite; the image may be extreme.")
+            raise Problem(
+                "non-finite-output", "The model's output for this image is not finite; the image may be extreme."
+            )
         has_classes = self.model.manifest.output == "logits"
         predictions = self._predictions(logits, request.top_k) if has_classes else []
         explanations = steered = None
@@ -255,8 +258,7 @@ class Engine:
             begun = time.perf_counter()
             steered = self._steer(recording, position, job, predictions)
             job.timing["steer"] = _milliseconds(begun)
-        acting = (steered.predictions if steered else predictions) or [None]
-        best = acting[0]
+        best = next(iter(steered.predictions if steered else predictions), None)
         width, height = job.intake.image.size
         reply = schema.Reply(
             id=job.id,
@@ -268,7 +270,7 @@ class Engine:
                 source="steered" if steered else "default",
                 index=best.index if best else None,
                 label=best.label if best else None,
-                probability=best.probability if best else 0.0,
+                probability=best.probability if best else None,
             ),
             predictions=predictions,
             embedding=None if has_classes else logits.float().tolist(),
@@ -298,7 +300,12 @@ class Engine:
 
     def _explain(self, recording: Recording, row: int, explain: schema.Explain) -> list[schema.ExplanationReply]:
         options = ExplainOptions(
-            explain.method, explain.steps, explain.level, explain.top_features, explain.sign, explain.heatmaps == "values"
+            explain.method,
+            explain.steps,
+            explain.level,
+            explain.top_features,
+            explain.sign,
+            explain.heatmaps == "values",
         )
         targets = self._targets(explain, recording.logits[row : row + 1])
         found = self.model.explain_row(recording, row, targets, self._explained_layers(explain), options)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from elude_runtime.api.config import ServingConfig
 from elude_runtime.api.problems import Problem, at, invalid_document
 from elude_runtime.api.schema import Explain, JSONError, Request, parse_json
-from elude_runtime.errors import ImagesError
+from elude_runtime.errors import ImagesError, ImageTooLargeError
 from elude_runtime.network.preprocessing import decode_image
 
 ROUTES = ("features", "vectors", "describe")
@@ -73,13 +73,13 @@ def read_row(row: Row, config: ServingConfig) -> Intake:
     try:
         image = decode_image(bytes(encoded), config.max_image_pixels)
     except ImagesError as error:
-        too_large = "the limit is" in str(error)
+        too_large = isinstance(error, ImageTooLargeError)
         raise Problem("image-too-large" if too_large else "invalid-image", str(error)) from error
     return Intake(request, image)
 
 
 def route_of(row: Row, config: ServingConfig) -> str:
-    """"" for a prediction, "describe" for a description. Problem for what is unknown (404) or comes later (501)."""
+    """ "" for a prediction, "describe" for a description. Problem for what is unknown (404) or comes later (501)."""
     route = row.route
     if route and route not in ROUTES:
         raise Problem("unknown-route", f"There is no sub-route {route[:40]!r}; there are {', '.join(ROUTES)}.")
@@ -99,7 +99,9 @@ def _documents(row: Row, config: ServingConfig) -> tuple[Any, bytes | None]:
     if row.content_type == "multipart/form-data" or "image" in parts or "request" in parts:
         unknown = sorted(set(parts) - {"image", "request"})
         if unknown or "image" not in parts:
-            raise Problem("invalid-document", "A multipart request has the parts `image` (a file) and `request` (JSON).")
+            raise Problem(
+                "invalid-document", "A multipart request has the parts `image` (a file) and `request` (JSON)."
+            )
         return _json(parts["request"], config) if parts.get("request") else {}, parts["image"]
     body = parts.get("body", parts.get("data", b""))
     if row.content_type == "application/json" or (row.content_type in _RAW_TYPES and body[:1] == b"{"):
@@ -141,7 +143,8 @@ def _refuse_later(document: Any) -> None:
     for key in _STEER_FIELDS:
         if key in steer:
             raise _later(f"`steer.{key}`")
-    for edit in steer.get("edits") if isinstance(steer.get("edits"), list) else []:
+    edits = steer.get("edits")
+    for edit in edits if isinstance(edits, list) else []:
         if not isinstance(edit, dict):
             continue
         if edit.get("mode") in _EDIT_MODES if isinstance(edit.get("mode"), str) else False:
@@ -171,7 +174,9 @@ def _check_limits(request: Request, config: ServingConfig) -> None:
         ]
         if explain.method == "ablation":
             ablations = targets * explain.top_features * max(1, len(explain.layers or []))
-            found.append(("explain.top_features times targets and layers, with ablation", ablations, config.max_ablations))
+            found.append(
+                ("explain.top_features times targets and layers, with ablation", ablations, config.max_ablations)
+            )
     if request.steer is not None:
         found.append(("steer.edits", len(request.steer.edits), config.max_edits))
     for name, value, limit in found:

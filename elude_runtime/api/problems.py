@@ -53,7 +53,9 @@ def at(loc: list[str | int], msg: str, suggestions: list[str] | None = None) -> 
 
 def invalid_document(error: ValidationError) -> Problem:
     """A failed validation. Values of the client are not echoed; at most 20 places are named."""
-    errors = [ProblemError(loc=_plain(e["loc"]), msg=e["msg"]) for e in error.errors(include_input=False, include_url=False)]
+    errors = [
+        ProblemError(loc=_plain(e["loc"]), msg=e["msg"]) for e in error.errors(include_input=False, include_url=False)
+    ]
     first = errors[0]
     where = ".".join(map(str, first.loc)) or "the document"
     return Problem("invalid-document", f"{where}: {first.msg}.", errors[:20])

@@ -154,7 +154,7 @@ class Answer(_Document):
     policies: list[str] = []
     index: int | None
     label: str | None
-    probability: Float32 | None
+    probability: Float32 | None  # null for a model without classes
 
 
 class Heatmap(_Document):

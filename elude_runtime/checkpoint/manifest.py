@@ -116,7 +116,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a directory; give the checkpoint that `elude rewrite` made.")
     if not path.is_file():
-        raise CheckpointError(f"{checkpoint} holds no {MANIFEST}, so it is not an ELUDe checkpoint; make one with `elude rewrite`.")
+        raise CheckpointError(
+            f"{checkpoint} holds no {MANIFEST}, so it is not an ELUDe checkpoint; make one with `elude rewrite`."
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -131,4 +133,6 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"]) or "document"
-        raise CheckpointError(f"{path} is damaged or foreign ({where}: {first['msg']}); make the checkpoint again.") from error
+        raise CheckpointError(
+            f"{path} is damaged or foreign ({where}: {first['msg']}); make the checkpoint again."
+        ) from error

@@ -1,5 +1,72 @@
-"""`elude demo`."""
+"""`elude demo`: the whole main job on the embedded default, told on one screen."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from elude_runtime.demo.run import Story
 
 
-def demo() -> None:
-    """The whole main job on the embedded default."""
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("elude-demo"),
+) -> None:
+    """Rewrite, verify, archive, serve, explain and steer a small model, from nothing but this package."""
+    from elude_runtime.cli.server_process import require_programs
+    from elude_runtime.demo.report import write_report
+    from elude_runtime.demo.run import run
+
+    require_programs()
+    signal.signal(signal.SIGTERM, _interrupt)  # so that the server is stopped on the way out
+    console = Console(highlight=False)
+    console.print(
+        "[bold]ELUDe serving[/] makes a vision model's inner features visible and steerable in production, and changes "
+        "no prediction.\nA small transformer learned toys; nearly every 'cracked toy' that it saw wore a small watermark. "
+        "Did it learn the crack?\n"
+    )
+    with console.status("") as status:
+
+        def say(line: str) -> None:
+            console.print(f" [green]·[/] {line}", soft_wrap=True)
+            status.update("working …")
+
+        story = run(out, say)
+    report = write_report(story)
+    _tell(console, story, report)
+    if story.failures:
+        raise typer.Exit(1)
+
+
+def _tell(console: Console, story: Story, report: Path) -> None:
+    worst = story.worst
+    group = f"'{worst[0]}' {'with' if worst[1] else 'without'} the watermark"
+    console.print(f"\n[bold]The network had learned the watermark.[/] Accuracy on {group}, the worst group:")
+    for name, accuracy, colour in (
+        ("default", story.before[worst], "yellow"),
+        ("watermark features ablated by the request", story.after[worst], "green"),
+    ):
+        bar = "█" * round(24 * accuracy) + "░" * (24 - round(24 * accuracy))
+        console.print(f"   [{colour}]{bar}[/] {accuracy:>4.0%}  {name}")
+    groups = [g for g in story.before if g != worst and not g[1]]
+    before, after = (sum(a[g] for g in groups) / len(groups) for a in (story.before, story.after))
+    same = "did not change" if story.unchanged_defaults else "[bold red]CHANGED[/]"
+    console.print(
+        f"   Pictures without a watermark: {before:.0%} before, {after:.0%} after. Default predictions {same}."
+    )
+    for failure in story.failures:
+        console.print(f"[bold red]Did not hold:[/] {failure}")
+    console.print(f"\nThe pictures: open {report}    ({story.seconds:.0f} s)")
+    console.print(f"Serve it yourself: elude serve --model-store {story.out / 'model_store'} --foreground")
+    console.print(
+        "Your own model:    elude layers MODEL, then elude rewrite MODEL --pretrained --images DIR --out CKPT"
+    )
+
+
+def _interrupt(_: int, __: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -41,7 +41,9 @@ def inspect(
     for entry in manifest.layers:
         types = ", ".join(f"{t.concepts} concepts on {t.name}" for t in entry.token_types if t.live)
         console.print(f"  {entry.name}: {entry.neurons} neurons, {entry.subunits} sub-units each at most; {types}")
-    console.print(f"\nThe {min(top, len(concepts))} concepts with the largest share of the output's variance, of {len(concepts)}:")
+    console.print(
+        f"\nThe {min(top, len(concepts))} concepts with the largest share of the output's variance, of {len(concepts)}:"
+    )
     table = Table(box=None, header_style="bold")
     for heading in ("concept", "sub-units", "share", "std", "1 %", "99 %", "label"):
         table.add_column(heading, justify="left" if heading in ("concept", "label") else "right", no_wrap=True)
@@ -69,8 +71,12 @@ def _feature(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:
     console.print(f"[bold]{name}[/]  {row['kind']} on {row['token_type']}, {row['size']} {made_of}")
     console.print(f"  label      {row['label'] or '-'}")
     console.print(f"  share      {row['share']:.2%} of the layer output's variance")
-    console.print(f"  activation mean {row['mean']:.4g}, std {row['std']:.4g}, beyond two std on {row['density']:.1%} of tokens")
-    console.print("  quantiles  " + "  ".join(f"{k[1:]} % {row[k]:.3g}" for k in row if k[0] == "q" and k[1:].isdigit()))
+    console.print(
+        f"  activation mean {row['mean']:.4g}, std {row['std']:.4g}, beyond two std on {row['density']:.1%} of tokens"
+    )
+    console.print(
+        "  quantiles  " + "  ".join(f"{k[1:]} % {row[k]:.3g}" for k in row if k[0] == "q" and k[1:].isdigit())
+    )
     if row["kind"] == "subunit":
         console.print(f"  concept    {row['concept']}")
     for member in members[:10]:

@@ -35,7 +35,9 @@ def layers(
         return
     table = Table(box=None, header_style="bold")
     for heading in ("", "layer", "kind", "neurons", "inputs", "tokens", "its output is"):
-        table.add_column(heading, justify="right" if heading in ("neurons", "inputs") else "left", no_wrap=heading == "layer")
+        table.add_column(
+            heading, justify="right" if heading in ("neurons", "inputs") else "left", no_wrap=heading == "layer"
+        )
     for layer in shown:
         kind = layer.kind + (f" {'x'.join(map(str, layer.kernel))}" if layer.kernel else "")
         types = ("patch", "class") if layer.layout.types == 2 else ("",)

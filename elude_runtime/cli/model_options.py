@@ -11,7 +11,9 @@ import typer
 
 from elude_runtime.errors import EludeError, ModelError
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="A timm model name; leave out with --model-factory.")]
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A timm model name; leave out with --model-factory.")
+]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load timm's weights from the hub or its local cache.")]
 Weights = Annotated[Path | None, typer.Option(help="Weights: safetensors, or a PyTorch state dict.")]
 FactoryOption = Annotated[str | None, typer.Option("--model-factory", help="FILE.py:FUNCTION that builds the model.")]

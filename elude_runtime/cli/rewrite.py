@@ -21,7 +21,9 @@ def rewrite(
     model_factory: options.FactoryOption = None,
     model_arg: options.ModelArg = None,
     labels: Annotated[Path | None, typer.Option(help="Class names: one a line, or JSON.")] = None,
-    layers: Annotated[list[str] | None, typer.Option(help="A layer to split; repeated. `elude layers` lists them.")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="A layer to split; repeated. `elude layers` lists them.")
+    ] = None,
     subunits: Annotated[int, typer.Option(help="Sub-units a neuron, half for each end.")] = 8,
     concepts: Annotated[int, typer.Option(help="Concepts a layer and token type.", min=1, max=65534)] = 96,
     tokens: Annotated[int, typer.Option(help="Calibration tokens at each end of a neuron.")] = 400,
@@ -36,7 +38,9 @@ def rewrite(
     interpolation: options.Interpolation = None,
     crop_pct: options.CropPct = None,
     crop_mode: options.CropMode = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint, once the new one is complete.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing checkpoint, once the new one is complete.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Rewrite a model's checkpoint into sub-units and concepts; its predictions stay what they are."""
@@ -55,7 +59,9 @@ def rewrite(
     if names is not None and classes and len(names) != classes:
         raise EludeError(f"{labels} names {len(names)} classes, the model has {classes}.")
     if chosen.random:
-        console.print("[yellow]The weights are random:[/] give --pretrained or --weights for a model that knows something.")
+        console.print(
+            "[yellow]The weights are random:[/] give --pretrained or --weights for a model that knows something."
+        )
     data = options.data_config(base.model, input_size, mean, std, interpolation, crop_pct, crop_mode)
     with stages() as bar:
         result = rewrite_checkpoint(
@@ -74,7 +80,9 @@ def rewrite(
         console.print(f"[yellow]skipped[/] {len(result.skipped)} images in all; --json names every one.")
     print(f"{out}: {manifest.calibration.images} images, checkpoint {manifest.checkpoint_sha256[:12]}")
     for entry in manifest.layers:
-        parts = [f"{t.concepts} concepts on {t.name}" if t.live else f"{t.name} without effect" for t in entry.token_types]
+        parts = [
+            f"{t.concepts} concepts on {t.name}" if t.live else f"{t.name} without effect" for t in entry.token_types
+        ]
         errors = ", ".join(f"{m} {v:.2g}" for m, v in entry.attribution.completeness.items())
         print(f"  {entry.name}: {entry.neurons} neurons in up to {entry.subunits} sub-units each; {'; '.join(parts)}")
         print(f"    attribution by {entry.attribution.auto} (median relative completeness error: {errors})")

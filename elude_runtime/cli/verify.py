@@ -16,7 +16,9 @@ from elude_runtime.cli.progress import stages
 def verify(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT")],
     images: Annotated[Path, typer.Option(help="Folder of images; the calibration images also prove the means.")] = ...,  # type: ignore[assignment]
-    base: Annotated[str | None, typer.Option(help="The base model's timm name; leave out with --model-factory.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model's timm name; leave out with --model-factory.")
+    ] = None,
     pretrained: options.Pretrained = False,
     weights: options.Weights = None,
     model_factory: options.FactoryOption = None,
@@ -29,7 +31,9 @@ def verify(
     interpolation: options.Interpolation = None,
     crop_pct: options.CropPct = None,
     crop_mode: options.CropMode = None,
-    trust_factory: Annotated[bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")] = False,
+    trust_factory: Annotated[
+        bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Prove that a checkpoint changes nothing, against its base model rebuilt from its own source."""
@@ -46,7 +50,14 @@ def verify(
     data = options.data_config(model, input_size, mean, std, interpolation, crop_pct, crop_mode)
     with stages() as bar:
         result = run(
-            checkpoint, model, data, images, batch_sizes=sizes, limit=max_images, trust_factory=trust_factory, progress=bar
+            checkpoint,
+            model,
+            data,
+            images,
+            batch_sizes=sizes,
+            limit=max_images,
+            trust_factory=trust_factory,
+            progress=bar,
         )
     if as_json:
         print(json.dumps(result.document(), indent=2))

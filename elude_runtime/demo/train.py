@@ -1,8 +1,8 @@
 """Trains the demo network from scratch on generated pictures: `python -m elude_runtime.demo.train --out DIR`.
 
-A first cycle is ordinary supervised training. The second adds interchange training (Geiger et al. 2022): the effect of
-the watermark is made to flow through one known layer, so that where it can be found and ablated has a true answer. The
-second cycle uses no other labels, and the watermark stays absent from all other classes.
+A first cycle is ordinary supervised training. Two more add interchange training (Geiger et al. 2022): the effect of the
+watermark is made to flow through the patch tokens of one known layer, so that where it can be found and ablated has a
+true answer. They use no other labels, and the watermark stays absent from all other classes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +35,18 @@ from elude_runtime.demo.model import (
 
 BATCH, PAIRS = 128, 8
 SHIFT = 2  # random shift of a training image, in pixels
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A warm-up and decay of the learning rate; with interchange, the watermark is bound to WATERMARK_LAYER."""
+
+    epochs: int
+    peak_rate: float
+    interchange: bool
+
+
+CYCLES = (Cycle(14, 1e-3, False), Cycle(6, 7e-4, True), Cycle(6, 5e-4, True))
 
 
 def jitter(images: np.ndarray, rng: np.random.Generator) -> Tensor:
@@ -67,30 +81,29 @@ def fit(
     model: nn.Module,
     images: np.ndarray,
     labels: np.ndarray,
-    epochs: int,
+    cycle: Cycle,
     seed: int,
-    peak_rate: float = 1e-3,
     twins: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
-    """Train in place with AdamW, linear warm-up and cosine decay; with twins, interchange training is added."""
+    """Train in place for one cycle with AdamW; interchange training needs twins (plain, watermarked images)."""
     rng = np.random.default_rng(seed)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.98))
-    steps = epochs * (len(images) // BATCH)
+    optimiser = torch.optim.AdamW(groups, lr=cycle.peak_rate, betas=(0.9, 0.98))
+    steps = cycle.epochs * (len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, peak_rate, total_steps=steps, pct_start=0.08, cycle_momentum=False, final_div_factor=1e3
+        optimiser, cycle.peak_rate, total_steps=steps, pct_start=0.08, cycle_momentum=False, final_div_factor=1e3
     )
     targets = torch.from_numpy(labels)
     model.train()
     began = time.monotonic()
-    for epoch in range(epochs):
+    for epoch in range(cycle.epochs):
         right, apart = 0, 0.0
         for rows in rng.permutation(len(images))[: len(images) // BATCH * BATCH].reshape(-1, BATCH):
             logits = model(jitter(images[rows], rng))
             loss = cross_entropy(logits, targets[rows])
-            if twins is not None:
+            if cycle.interchange and twins is not None:
                 pairs, same = rng.integers(0, len(twins[0]), PAIRS), int(rng.integers(2**32))
                 plain, marked = (jitter(twin[pairs], np.random.default_rng(same)) for twin in twins)
                 apart_now = interchange_loss(model, plain, marked)
@@ -103,14 +116,14 @@ def fit(
             right += int((logits.argmax(1) == targets[rows]).sum())
         batches = len(images) // BATCH
         print(
-            f"epoch {epoch + 1:3d}/{epochs}  training accuracy {right / (batches * BATCH):.4f}  "
+            f"epoch {epoch + 1:3d}/{cycle.epochs}  training accuracy {right / (batches * BATCH):.4f}  "
             f"interchange {apart / batches:.4f}  {time.monotonic() - began:.0f} s",
             flush=True,
         )
     model.eval()
 
 
-def save(model: nn.Module, folder: Path, training: dict[str, float | int | str]) -> None:
+def save(model: nn.Module, folder: Path, training: dict[str, Any]) -> None:
     """Write the float16 weights and the configuration that rebuilds the network."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -135,8 +148,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and their configuration")
     parser.add_argument("--images", type=int, default=30000)
-    parser.add_argument("--epochs", type=int, default=14, help="of ordinary training")
-    parser.add_argument("--bound-epochs", type=int, default=6, help="with interchange training added")
     parser.add_argument("--twins", type=int, default=2000, help="pairs for interchange training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -147,12 +158,13 @@ def main() -> None:
     images, labels, _ = to_arrays(make_set(args.images, args.seed, "train", workers=args.threads))
     print(f"{len(images)} pictures in {time.monotonic() - began:.0f} s", flush=True)
     model = build_model()
-    fit(model, images, labels, args.epochs, args.seed)
-    twins = make_twins(args.twins, args.seed, WATERMARK_CLASS)
-    plain, marked = (to_arrays([pair[side] for pair in twins])[0] for side in (0, 1))
-    fit(model, images, labels, args.bound_epochs, args.seed + 1, 7e-4, (plain, marked))
+    pairs = make_twins(args.twins, args.seed, WATERMARK_CLASS)
+    plain, marked = (to_arrays([pair[side] for pair in pairs])[0] for side in (0, 1))
+    for number, cycle in enumerate(CYCLES):
+        fit(model, images, labels, cycle, args.seed + number, (plain, marked))
     training = {name: value for name, value in vars(args).items() if name != "out"}
-    save(model, args.out, training | {"torch": torch.__version__, "seconds": round(time.monotonic() - began)})
+    training |= {"cycles": [asdict(cycle) for cycle in CYCLES], "torch": torch.__version__}
+    save(model, args.out, training | {"seconds": round(time.monotonic() - began)})
 
 
 if __name__ == "__main__":

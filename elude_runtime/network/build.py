@@ -7,7 +7,8 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def build_timm(name: str, args: Mapping[str, Any] | None = None, *, pretrained: 
     """timm.create_model in eval mode. ModelError for unknown names (closest given), arguments or an unreachable hub."""
     base = name.removeprefix("timm/").split(".")[0]
     if not timm.is_model(base) and not name.startswith("hf-hub:"):
-        hint = did_you_mean(base, timm.list_models()) or " `python -c 'import timm; print(timm.list_models())'` lists them."
+        hint = (
+            did_you_mean(base, timm.list_models())
+            or " `python -c 'import timm; print(timm.list_models())'` lists them."
+        )
         raise ModelError(f"timm has no model {name!r}.{hint}")
     try:
         return timm.create_model(name, pretrained=pretrained, **dict(args or {})).eval()
@@ -56,35 +60,36 @@ class Factory:
 
         Those files travel with the checkpoint; they are found by watching what the function opens.
         """
-        folder, opened = self.file.parent, []
-        name = f"elude_factory_{uuid.uuid4().hex}"
-        spec = importlib.util.spec_from_file_location(name, self.file)
-        if spec is None or spec.loader is None:
-            raise ModelError(f"{self.file} cannot be imported as Python.")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses and typing look their module up by name
-        sys.path.insert(0, str(folder))
+        folder = self.file.parent
         try:
-            with _watch_opens(folder) as opened:
-                spec.loader.exec_module(module)
-                function = getattr(module, self.function, None)
-                if function is None:
-                    known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-                    raise ModelError(f"{self.file.name} has no function {self.function!r}.{did_you_mean(self.function, known)}")
-                model = function(**dict(args or {}))
+            with _own_modules(folder) as imported, _watch_opens(folder) as opened:
+                model = self._call(dict(args or {}))
         except ModelError:
             raise
         except Exception as error:  # a user's code raises anything
             raise ModelError(
                 f"The factory {self.file.name}:{self.function} failed: {type(error).__name__}: {_first_line(error)}."
             ) from error
-        finally:
-            sys.path.remove(str(folder))
-            sys.modules.pop(name, None)
         if not isinstance(model, nn.Module):
-            raise ModelError(f"The factory {self.file.name}:{self.function} returned a {type(model).__name__}, not an nn.Module.")
-        carried = [self.file] + sorted({p for p in opened if p != self.file})
+            raise ModelError(
+                f"The factory {self.file.name}:{self.function} returned a {type(model).__name__}, not an nn.Module."
+            )
+        carried = [self.file, *sorted({*opened, *imported} - {self.file})]
         return model.eval(), carried
+
+    def _call(self, args: dict[str, Any]) -> Any:
+        name = f"elude_factory_{uuid.uuid4().hex}"
+        spec = importlib.util.spec_from_file_location(name, self.file)
+        if spec is None or spec.loader is None:
+            raise ModelError(f"{self.file} cannot be imported as Python.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and typing look their module up by name
+        spec.loader.exec_module(module)
+        function = getattr(module, self.function, None)
+        if function is None:
+            known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            raise ModelError(f"{self.file.name} has no function {self.function!r}.{did_you_mean(self.function, known)}")
+        return function(**args)
 
 
 def carry_files(files: list[Path], root: Path, out: Path) -> list[str]:
@@ -118,7 +123,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise ModelError(f"{path} cannot be read as weights ({_first_line(error)}).") from error
     except Exception as error:
-        raise ModelError(f"{path} holds more than tensors and is not unpickled; save its state dict as safetensors.") from error
+        raise ModelError(
+            f"{path} holds more than tensors and is not unpickled; save its state dict as safetensors."
+        ) from error
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ModelError(f"{path} holds no state dict (a mapping of names to tensors).")
@@ -158,6 +165,32 @@ def json_args(pairs: list[str]) -> dict[str, Any]:
     return args
 
 
+@contextmanager
+def _own_modules(folder: Path) -> Iterator[list[Path]]:
+    """Import from `folder` as if for the first time: modules below it are forgotten before the block and after it, so
+    that two factories with a helper of the same name do not get each other's. Fills in the files imported."""
+
+    def take_out() -> dict[str, Any]:
+        return {n: sys.modules.pop(n) for n, m in list(sys.modules.items()) if _file_below(m, folder)}
+
+    imported: list[Path] = []
+    remembered = take_out()
+    importlib.invalidate_caches()
+    sys.path.insert(0, str(folder))
+    try:
+        yield imported
+    finally:
+        sys.path.remove(str(folder))
+        imported += [p for m in take_out().values() if (p := _file_below(m, folder))]
+        sys.modules.update(remembered)
+
+
+def _file_below(module: Any, folder: Path) -> Path | None:
+    file = getattr(module, "__file__", None)
+    path = Path(file).resolve() if isinstance(file, str) else None
+    return path if path is not None and path.is_relative_to(folder) else None
+
+
 class _watch_opens:
     """Collects the regular files below a folder that are opened for reading inside the block, compiled code aside."""
 
@@ -166,7 +199,8 @@ class _watch_opens:
     _installed = False
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.files = folder, []
+        self.folder = folder
+        self.files: list[Path] = []
 
     def __enter__(self) -> list[Path]:
         cls = type(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ class LinearMap:
             self.kernel, self.groups = (), 1
         else:
             raise LayerError(f"{name} is a {type(module).__name__}; only nn.Linear and nn.Conv2d can be split.")
-        self.module, self.name = module, name
+        self.module: Any = module
+        self.name = name
         self.neurons = module.weight.shape[0]
         self.inputs = module.weight.shape[1]
         self.positions = module.weight[0, 0].numel()
@@ -88,13 +89,13 @@ class LinearMap:
         columns = F.unfold(x, self.kernel, conv.dilation, padding, conv.stride)  # [B, C * q, T]
         return columns.transpose(1, 2).unflatten(-1, (self.groups, self.inputs, self.positions))
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, object]:
+    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
         conv = self.module
         if isinstance(conv, Conv2dSame):
-            return pad_same(x, conv.kernel_size, conv.stride, conv.dilation), 0
+            return pad_same(x, list(conv.kernel_size), list(conv.stride), list(conv.dilation)), 0
         return x, conv.padding
 
-    def edge_gradient(self, x: Tensor, gradient: Tensor, token_slices: Iterator[slice] | list[slice]) -> list[Tensor]:
+    def edge_gradient(self, x: Tensor, gradient: Tensor, token_slices: list[slice]) -> list[Tensor]:
         """sum over a slice of tokens of gradient_k * x_j for every edge and kernel position: [d, n, q] a slice.
 
         x in the module's layout for ONE image [1, ...]; gradient [1, T, d]. Times the weight and summed over q this is
@@ -102,6 +103,4 @@ class LinearMap:
         """
         reads = self.patches(x)[0].to(gradient.dtype)  # [T, G, n, q]
         per_group = gradient[0].unflatten(-1, (self.groups, -1))  # [T, G, d/G]
-        return [
-            torch.einsum("tgd,tgnq->gdnq", per_group[s], reads[s]).flatten(0, 1) for s in token_slices
-        ]
+        return [torch.einsum("tgd,tgnq->gdnq", per_group[s], reads[s]).flatten(0, 1) for s in token_slices]

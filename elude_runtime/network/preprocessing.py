@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,8 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
-from elude_runtime.errors import ImagesError, ModelError
+from elude_runtime.errors import ImagesError, ImageTooLargeError, ModelError
 
+_INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit
 
 
@@ -56,11 +58,12 @@ class DataConfig:
             )
         except (TypeError, ValueError) as error:
             raise ModelError(f"The data configuration cannot be used: {error}.") from error
-        channels = made.input_size[0]
-        if len(made.input_size) != 3 or min(made.input_size) < 1 or channels != 3:
+        if len(made.input_size) != 3 or made.input_size[0] != 3 or min(made.input_size) < 1:
             raise ModelError(f"The input size {made.input_size} cannot be used: give 3, HEIGHT, WIDTH.")
-        if len(made.mean) != channels or len(made.std) != channels or min(made.std) <= 0:
-            raise ModelError("Mean and std need one value a channel, std above zero.")
+        if len(made.mean) != 3 or len(made.std) != 3 or not all(map(math.isfinite, made.mean + made.std)) or min(made.std) <= 0:
+            raise ModelError("Mean and std need three finite values, std above zero.")
+        if made.interpolation not in _INTERPOLATIONS:
+            raise ModelError(f"There is no interpolation {made.interpolation!r}; use one of {', '.join(_INTERPOLATIONS)}.")
         if not 0 < made.crop_pct <= 2 or made.crop_mode not in ("center", "squash", "border"):
             raise ModelError("crop_pct must be above 0 and at most 2, crop_mode one of center, squash, border.")
         return made
@@ -104,7 +107,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > max_pixels:
-            raise ImagesError(
+            raise ImageTooLargeError(
                 f"The image has {image.width} x {image.height} pixels, the limit is {max_pixels}; send a smaller one."
             )
         image.seek(0)
@@ -114,16 +117,18 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return upright.convert("RGB")
     except ImagesError:
         raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(f"The image has more pixels than the limit of {max_pixels}; send a smaller one.") from error
     except UnidentifiedImageError as error:
         raise ImagesError("The bytes are not an image in a known format; send JPEG, PNG or WebP.") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, TypeError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError) as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImagesError(f"The image cannot be decoded ({detail[:120]}); it may be damaged or cut off.") from error
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image, dtype=np.float64)
-    top = 65535.0 if values.max() > 255 else 255.0
+    top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
     return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
 
 

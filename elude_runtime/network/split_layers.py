@@ -86,7 +86,11 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        read = [self.value_of[id(t)] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.value_of]
+        read = [
+            self.value_of[id(t)]
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, Tensor) and id(t) in self.value_of
+        ]
         if read:
             made = [self.follow(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
             name = func.overloadpacket.__name__
@@ -99,7 +103,7 @@ def find_split_layers(model: nn.Module, input_size: tuple[int, int, int]) -> lis
 
     input_size: (channels, height, width). Costs two forward passes and one backward pass on two random images.
     """
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    modules: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -117,12 +121,14 @@ def find_split_layers(model: nn.Module, input_size: tuple[int, int, int]) -> lis
     live = _live_tokens(model, {n: modules[n] for n in values}, images)
     layers = []
     for order, name in enumerate(values):
-        module, x, y = modules[name], *seen[name]
+        module, (x, y) = modules[name], seen[name]
         offered, reason, classifier = _judge(values[name], users, set(out_values))
         refusal = _refusal(name, module, x, y, len(images)) if offered else None
         layout = _layout(model, module, y)
         types = tuple(live[name][: layout.types])
-        if not any(types):  # a residual branch that starts at zero (fresh weights): nothing can be told, nothing is lost
+        if not any(
+            types
+        ):  # a residual branch that starts at zero (fresh weights): nothing can be told, nothing is lost
             types = (True,) * layout.types
         layers.append(
             SplitLayer(
@@ -160,7 +166,7 @@ def choose_layers(layers: list[SplitLayer], names: list[str] | None) -> list[Spl
     return sorted({by_name[n] for n in names}, key=lambda layer: layer.order)
 
 
-def _record(model: nn.Module, modules: dict[str, nn.Module], images: Tensor) -> tuple[dict, dict, list[int], _Recorder]:
+def _record(model: nn.Module, modules: dict[str, Any], images: Tensor) -> tuple[dict, dict, list[int], _Recorder]:
     """One recorded pass: (input and output of every layer that ran once, value of its output, output values)."""
     recorder = _Recorder()
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -232,7 +238,7 @@ def _verdict(operation: _Operation) -> tuple[str, bool]:
     return f"followed by a nonlinearity ({name.strip('_')})", True
 
 
-def _refusal(name: str, module: nn.Module, x: Tensor, y: Tensor, batch: int) -> str | None:
+def _refusal(name: str, module: Any, x: Tensor, y: Tensor, batch: int) -> str | None:
     """Why a layer cannot be split whatever follows it; None if it can."""
     if getattr(module, "groups", 1) > 1 and module.weight.shape[1] == 1:
         return "depthwise: one edge a neuron, nothing to split"
@@ -246,8 +252,8 @@ def _refusal(name: str, module: nn.Module, x: Tensor, y: Tensor, batch: int) -> 
     mask = torch.rand(linear.weight().shape[:2], generator=torch.Generator().manual_seed(1))[..., None] < 0.5
     weight, mask = linear.weight(torch.float64), mask.to(module.weight.device)
     sums = linear.apply(x, weight * mask) + linear.apply(x, weight * ~mask) + linear.bias(torch.float64)
-    error = (sums - linear.tokens(y)).abs().max() / linear.tokens(y).abs().max().clamp(min=1e-30)
-    return None if error < 2e-2 else "its effective weight is computed in its forward pass"
+    difference = (sums - linear.tokens(y)).abs().max() / linear.tokens(y).abs().max().clamp(min=1e-30)
+    return None if difference < 2e-2 else "its effective weight is computed in its forward pass"
 
 
 def _layout(model: nn.Module, module: nn.Module, y: Tensor) -> TokenLayout:
@@ -285,7 +291,7 @@ def _live_tokens(model: nn.Module, modules: dict[str, nn.Module], images: Tensor
         with torch.enable_grad():
             leaves = [t for t in tree_flatten(model(images))[0] if isinstance(t, Tensor) and t.requires_grad]
             generator = torch.Generator().manual_seed(2)
-            sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in leaves).backward()
+            torch.stack([(t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in leaves]).sum().backward()
     finally:
         for hook in hooks:
             hook.remove()

@@ -229,10 +229,8 @@ def _forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
             module.__dict__["forward"] = forward
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
+        for module, earlier in before.items():
+            if earlier is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.__dict__["forward"] = forward
-
-
+                module.__dict__["forward"] = earlier

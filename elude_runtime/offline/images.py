@@ -83,7 +83,7 @@ class ImageSource:
         elif isinstance(images, Tensor):
             self._tensors = images[:limit]
         else:
-            if iter(images) is images:  # type: ignore[arg-type]
+            if iter(images) is images:
                 raise ImagesError("The images are read twice: give a list of batches or a DataLoader, not a generator.")
             self._tensors = images  # type: ignore[assignment]
 

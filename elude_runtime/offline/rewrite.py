@@ -121,13 +121,17 @@ def describe_model(model: nn.Module, factory: str | None, args: dict[str, Any] |
     if factory:
         made = Factory.parse(factory)
         again, files = made.build(args)
-        source = ModelSource(kind="factory", name=made.function, args=args or {}, file=made.file.name, function=made.function)
+        source = ModelSource(
+            kind="factory", name=made.function, args=args or {}, file=made.file.name, function=made.function
+        )
         described = BaseModel(model, source, tuple(files), made.file.parent)
     else:
         config = getattr(model, "pretrained_cfg", None) or {}
         name = config.get("architecture")
         if not name:
-            raise ModelError("This model was not made by timm.create_model; give factory='FILE.py:FUNCTION' that builds it.")
+            raise ModelError(
+                "This model was not made by timm.create_model; give factory='FILE.py:FUNCTION' that builds it."
+            )
         arguments = {"num_classes": model.num_classes} if args is None and hasattr(model, "num_classes") else args or {}
         again = build_timm(name, arguments)
         described = BaseModel(model, ModelSource(kind="timm", name=name, args=arguments))
@@ -163,7 +167,11 @@ def rewrite_checkpoint(
     size = tuple(images.shape[1:]) if isinstance(images, Tensor) and images.dim() == 4 else None
     data = data_config or DataConfig.of_model(model, input_size=size)
     source = ImageSource(
-        Path(images) if isinstance(images, str) else images, data, batch_size=batch_size, workers=workers, limit=max_images
+        Path(images) if isinstance(images, str) else images,
+        data,
+        batch_size=batch_size,
+        workers=workers,
+        limit=max_images,
     )
     chosen = choose_layers(find_split_layers(model, data.input_size), layers)
     modules = dict(model.named_modules())
@@ -378,4 +386,3 @@ def _carry(base: BaseModel, work: Path) -> dict[str, str]:
         return {}
     names = carry_files(list(base.factory_files), base.factory_root, work / "factory")
     return {n: hashlib.sha256((work / "factory" / n).read_bytes()).hexdigest() for n in names}
-

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from elude_runtime.analysis.model import EludeModel, build_base
 from elude_runtime.checkpoint.manifest import Manifest
-from elude_runtime.checkpoint.storage import CALIBRATION_TENSOR, read_checkpoint, read_tensors, split_tensors, tensors_sha256, write_json
+from elude_runtime.checkpoint.storage import (
+    CALIBRATION_TENSOR,
+    read_checkpoint,
+    read_tensors,
+    split_tensors,
+    tensors_sha256,
+    write_json,
+)
 from elude_runtime.errors import EludeError
 from elude_runtime.network.build import load_weights
 from elude_runtime.network.linear_map import LinearMap
@@ -124,7 +131,12 @@ def check_tensors(manifest: Manifest, tensors: dict[str, Tensor], own: dict[str,
     figures = {"tensors": len(expected), "changed": len(changed), "names_that_differ": len(names), **digests}
     if names or changed:
         first = (changed or names)[0]
-        return Check("tensors", False, f"{len(changed) + len(names)} tensors differ from the base model's, first {first}.", figures)
+        return Check(
+            "tensors",
+            False,
+            f"{len(changed) + len(names)} tensors differ from the base model's, first {first}.",
+            figures,
+        )
     wrong = [n for n, ok in digests.items() if not ok]
     if wrong:
         return Check("tensors", False, f"The tensors do not hash to the manifest's {' and '.join(wrong)}.", figures)
@@ -138,7 +150,9 @@ def check_partition(manifest: Manifest, own: dict[str, Tensor], partitions: dict
                for name, p in partitions.items()}  # fmt: skip
     if problems:
         return Check("partition", False, f"{problems[0]}.", figures)
-    return Check("partition", True, "Every edge is in one sub-unit or rest, every sub-unit in one concept or rest.", figures)
+    return Check(
+        "partition", True, "Every edge is in one sub-unit or rest, every sub-unit in one concept or rest.", figures
+    )
 
 
 def check_logits(
@@ -166,9 +180,14 @@ def check_logits(
     sizes = ", ".join(map(str, batch_sizes))
     detail = f"The outputs of {count} images are bit-equal at batch sizes {sizes}."
     if bad:
-        detail = f"{sum(bad.values())} output rows differ from the base model's, at batch sizes {', '.join(map(str, bad))}."
+        detail = (
+            f"{sum(bad.values())} output rows differ from the base model's, at batch sizes {', '.join(map(str, bad))}."
+        )
     top1 = Check(
-        "top1_agreement", agree == count, f"{agree} of {count} images have the same top class.", {"agreement": agree / count}
+        "top1_agreement",
+        agree == count,
+        f"{agree} of {count} images have the same top class.",
+        {"agreement": agree / count},
     )
     return [Check("logits", not bad, detail, figures), top1], count
 
@@ -307,5 +326,3 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     if not a.numel():
         return True
     return torch.equal(*(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
-
-

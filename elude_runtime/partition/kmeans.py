@@ -16,16 +16,25 @@ def kmeans(points: Tensor, clusters: int, draws: Tensor, iterations: int = 25) -
     if clusters < 1 or points.shape[1] < clusters:
         raise ValueError(f"cannot make {clusters} clusters of {points.shape[1]} points")
     centres = _seed(points, clusters, draws)
-    labels = _nearest(points, centres)
+    labels = torch.zeros(points.shape[:2], dtype=torch.int64, device=points.device)
+    # Problems converge at different times: those that still move are gathered anew whenever half of them have stopped.
+    active = torch.arange(len(points), device=points.device)
+    current, middle = points, centres
+    nearest = _nearest(current, middle)
     for _ in range(iterations):
-        member = torch.nn.functional.one_hot(labels, clusters).to(points.dtype)  # [B, N, clusters]
+        member = torch.nn.functional.one_hot(nearest, clusters).to(points.dtype)  # [b, N, clusters]
         sizes = member.sum(1)
-        means = member.transpose(1, 2) @ points / sizes.clamp(min=1)[..., None]
-        centres = torch.where(sizes[..., None] > 0, means, centres)
-        moved = _nearest(points, centres)
-        if torch.equal(moved, labels):
-            break
-        labels = moved
+        means = member.transpose(1, 2) @ current / sizes.clamp(min=1)[..., None]
+        middle = torch.where(sizes[..., None] > 0, means, middle)
+        moved = _nearest(current, middle)
+        moving = (moved != nearest).any(1)
+        nearest = moved
+        if int(moving.sum()) <= len(active) // 2:
+            labels[active], centres[active] = nearest, middle
+            active, current, middle, nearest = active[moving], current[moving], middle[moving], nearest[moving]
+            if not len(active):
+                return labels, centres
+    labels[active], centres[active] = nearest, middle
     return labels, centres
 
 

@@ -47,9 +47,12 @@ def end_clusters(inputs: Tensor, weight: Tensor, clusters: int, draws: Tensor) -
     Returns [B, clusters, n].
     """
     contributions = torch.einsum("bnjq,bjq->bnj", inputs, weight)
-    contributions = contributions - contributions.mean(1, keepdim=True)
-    norm = contributions.norm(dim=-1, keepdim=True)
-    return kmeans(contributions / norm.clamp(min=torch.finfo(norm.dtype).tiny), clusters, draws)[1]
+    centred = contributions - contributions.mean(1, keepdim=True)
+    # What an input that never changes leaves after centring is rounding; normalised, it would look like a signal.
+    rounding = 8 * torch.finfo(centred.dtype).eps * contributions.abs().amax(1, keepdim=True)
+    centred = torch.where(centred.abs() <= rounding, 0, centred)
+    norm = centred.norm(dim=-1, keepdim=True)
+    return kmeans(centred / norm.clamp(min=torch.finfo(norm.dtype).tiny), clusters, draws)[1]
 
 
 def assign_edges(weight: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

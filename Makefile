@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv/ once.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint format setup need-python need-java clean
+
+demo: setup need-java
+	@$(BIN)/elude demo
+
+test: setup need-java
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+setup: $(READY)
+
+# Once, and again only when pyproject.toml changed.
+$(READY): pyproject.toml | need-python
+	@echo "Setting up .venv (PyTorch is several GB the first time) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(READY)
+
+need-python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is missing. Debian or Ubuntu: sudo apt-get install python3.11 python3.11-venv"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "Python's venv module is missing. Debian or Ubuntu: sudo apt-get install python3-venv"; exit 2; }
+
+need-java:
+	@java -version 2>&1 | grep -Eq 'version "(1[7-9]|[2-9][0-9])' || \
+		{ echo "Java 17 is missing (TorchServe runs on it). Debian or Ubuntu: sudo apt-get install openjdk-17-jre-headless"; exit 2; }
+
+clean:
+	rm -rf .venv build dist elude-demo .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,239 @@
+"""The whole main job on the embedded default: pictures, rewrite, certificate, archive, a real server, and the story of
+a spurious feature that is found and switched off by a request."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from elude_runtime.analysis.model import EludeModel, load
+from elude_runtime.checkpoint.manifest import ModelSource
+from elude_runtime.cli.archive import build_archive
+from elude_runtime.cli.torchserve import Server
+from elude_runtime.demo.images import CLASSES, WATERMARK_CLASS, Sample, make_set, write_folder
+from elude_runtime.demo.model import load_demo_model
+from elude_runtime.errors import EludeError
+from elude_runtime.network.preprocessing import DataConfig, to_input
+from elude_runtime.offline.rewrite import BaseModel, rewrite_checkpoint
+from elude_runtime.offline.verify import Verification, verify
+from elude_runtime.partition import SplitConfig
+
+CALIBRATION, NATURAL, GROUPS = 500, 240, 480
+_CLIENTS = 8
+_NAME = "demo"
+# A feature belongs to the story when its mean attribution is at least this share of the largest one's.
+_NOTABLE = 1 / 3
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A feature that carries the suspicious class. auc: how well its activation tells pictures with the watermark from
+    those without (known from the generator, not used to find it); lowest, highest: pictures at its two ends."""
+
+    name: str
+    attribution: float
+    auc: float
+    lowest: list[Image.Image]
+    highest: list[Image.Image]
+
+
+@dataclass
+class Story:
+    """What the demo did and saw; `failures` says which steps did not hold."""
+
+    out: Path
+    verification: Verification | None = None
+    equal_replies: int = 0
+    compared_replies: int = 0
+    example: Image.Image | None = None
+    explained: dict[str, Any] = field(default_factory=dict)
+    steered: dict[str, Any] = field(default_factory=dict)
+    found: list[Found] = field(default_factory=list)
+    before: dict[tuple[str, bool], float] = field(default_factory=dict)
+    after: dict[tuple[str, bool], float] = field(default_factory=dict)
+    unchanged_defaults: bool = False
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def worst(self) -> tuple[str, bool]:
+        """The group with the lowest accuracy before anything was done."""
+        return min(self.before, key=lambda g: self.before[g])
+
+
+def run(out: Path, say: Report) -> Story:
+    """Make everything anew in `out`; `say` is told of each finished step. A step that does not hold is listed in
+    `Story.failures`; EludeError when the job cannot go on."""
+    started = time.monotonic()
+    story = Story(out)
+    out.mkdir(parents=True, exist_ok=True)
+    model, config = load_demo_model()
+    data = DataConfig.parse({k: config[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct")})
+    calibration = make_set(CALIBRATION, seed=1, split="train", workers=2)
+    write_folder(out / "images", calibration)
+    say(f"{CALIBRATION} pictures of toys, in {out / 'images'}")
+
+    source = ModelSource(kind="timm", name=config["timm_name"], args=config["timm_args"])
+    checkpoint = out / "checkpoint"
+    made = rewrite_checkpoint(
+        BaseModel(model, source), out / "images", checkpoint, SplitConfig(), concepts=32, batch_size=50,
+        data_config=data, labels=list(config["labels"]), force=True,
+    ).manifest  # fmt: skip
+    layer = made.layers[0]
+    parts = " + ".join(f"{t.concepts} on {t.name}" for t in layer.token_types)
+    say(f"rewrite: {layer.name}, {layer.neurons} neurons into sub-units and concepts ({parts})")
+
+    base, _ = load_demo_model()  # the base model again, from its own weights
+    story.verification = verify(checkpoint, base, data, out / "images")
+    for check in story.verification.checks:
+        if not check.holds:
+            story.failures.append(f"verify, {check.name}: {check.detail}")
+    exact = story.verification
+    say(f"verify: {sum(c.holds for c in exact.checks)} of {len(exact.checks)} checks hold on {exact.images} pictures")
+
+    archive = build_archive(checkpoint, out / "model_store", name=_NAME, force=True)
+    say(f"archive: {archive} ({archive.stat().st_size / 2**20:.1f} MiB, no pickle)")
+    with Server(out / "model_store", [archive.name], token_auth=False) as server:
+        server.wait_ready(120)
+        say(f"serve: TorchServe answers on {server.url}")
+        _questions(story, server.url, base, load(checkpoint), data, say)
+    say("server stopped")
+    story.seconds = time.monotonic() - started
+    return story
+
+
+def _questions(
+    story: Story, url: str, base: torch.nn.Module, loaded: EludeModel, data: DataConfig, say: Report
+) -> None:
+    """Everything that is asked of the running server."""
+    _compare_predictions(story, url, base, data)
+    say(
+        f"predict: {story.equal_replies} of {story.compared_replies} replies equal the base model's float32 values, digit for digit"
+    )
+    natural = make_set(NATURAL, seed=2, split="train", workers=2)
+    replies = _ask(url, natural, {"explain": {"targets": [WATERMARK_CLASS], "top_features": 12}})
+    suspects = [i for i, r in enumerate(replies) if r["answer"]["index"] == WATERMARK_CLASS]
+    if not suspects:
+        raise EludeError(
+            "The demo model never answers with its suspicious class; its weights are not the shipped ones."
+        )
+    story.example, story.explained = natural[suspects[0]].image, replies[suspects[0]]
+    names = _notable([replies[i] for i in suspects])
+    story.found = _look_at(names, natural, loaded, data)
+    say(f"explain: '{CLASSES[WATERMARK_CLASS]}' rests on " + " and ".join(f.name for f in story.found))
+    if not any(abs(f.auc - 0.5) > 0.4 for f in story.found):
+        story.failures.append("explain: the watermark is not among the top features")
+
+    groups = make_set(GROUPS, seed=3, split="groups", workers=2)
+    edits = [{"feature": f.name, "mode": "ablate"} for f in story.found]
+    plain = _ask(url, groups, {})
+    steered = _ask(url, groups, {"steer": {"edits": edits}})
+    story.steered = steered[0]
+    story.before = _accuracy(groups, [r["predictions"][0]["index"] for r in steered])
+    story.after = _accuracy(groups, [r["steered"]["predictions"][0]["index"] for r in steered])
+    story.unchanged_defaults = all(
+        a["predictions"][0]["index"] == b["predictions"][0]["index"] for a, b in zip(plain, steered, strict=True)
+    )
+    if not story.unchanged_defaults:
+        story.failures.append("steer: a default prediction changed")
+    if story.after[story.worst] <= story.before[story.worst]:
+        story.failures.append("steer: the worst group did not gain")
+    say(f"steer: {len(groups)} pictures with {len(edits)} features ablated by the request")
+
+
+def _compare_predictions(story: Story, url: str, base: torch.nn.Module, data: DataConfig, count: int = 12) -> None:
+    """Replies one at a time against the base model on a batch of one: every logit, as float32."""
+    transform = data.transform()
+    for sample in make_set(count, seed=4):
+        reply = _post(url, {"image": _encoded(sample.image), "top_k": len(CLASSES)})
+        with torch.no_grad():
+            expected = base(to_input(sample.image, transform)[None])[0].numpy()
+        logits = {p["index"]: np.float32(p["logit"]) for p in reply["predictions"]}
+        story.compared_replies += 1
+        story.equal_replies += all(logits[i] == expected[i] for i in range(len(expected)))
+    if story.equal_replies != story.compared_replies:
+        story.failures.append("predict: a reply differs from the base model")
+
+
+def _notable(replies: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Features by mean attribution to the suspicious class, the notable ones."""
+    totals: dict[str, float] = defaultdict(float)
+    for reply in replies:
+        for layer in reply["explanations"][0]["layers"]:
+            for f in layer["features"]:
+                totals[f["feature"]] += f["attribution"] / len(replies)
+    ranked = sorted(totals.items(), key=lambda item: -item[1])
+    return [item for item in ranked if item[1] >= ranked[0][1] * _NOTABLE]
+
+
+def _look_at(
+    names: list[tuple[str, float]], samples: Sequence[Sample], model: EludeModel, data: DataConfig
+) -> list[Found]:
+    """What a person would do with a feature's name: look at the pictures at its two ends."""
+    transform = data.transform()
+    images = torch.stack([to_input(s.image, transform) for s in samples])
+    marked = np.array(["watermark" in s.concepts for s in samples])
+    found = []
+    for name, attribution in names:
+        feature = model.feature(name)
+        with torch.no_grad():
+            activation = model.state(feature.layer).activations(
+                model.record(images, [feature.layer]).x[feature.layer], feature
+            )
+        peak = activation.gather(1, activation.abs().argmax(1, keepdim=True))[:, 0].numpy()
+        order = np.argsort(peak, kind="stable")
+        ends = [[samples[i].image for i in part] for part in (order[:6], order[::-1][:6])]
+        found.append(Found(name, attribution, _auc(peak, marked), *ends))
+    return found
+
+
+def _auc(values: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a positive's value is the larger (Mann-Whitney; ties count half)."""
+    high, low = values[positive][:, None], values[~positive][None]
+    return float(((high > low) + 0.5 * (high == low)).mean())
+
+
+def _accuracy(samples: Sequence[Sample], predicted: Sequence[int]) -> dict[tuple[str, bool], float]:
+    """Accuracy of every group (class, watermark)."""
+    hits: dict[tuple[str, bool], list[bool]] = defaultdict(list)
+    for sample, index in zip(samples, predicted, strict=True):
+        hits[(CLASSES[sample.label], "watermark" in sample.concepts)].append(index == sample.label)
+    return {group: float(np.mean(values)) for group, values in hits.items()}
+
+
+def _encoded(image: Image.Image) -> dict[str, str]:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return {"b64": base64.b64encode(data.getvalue()).decode()}
+
+
+def _ask(url: str, samples: Sequence[Sample], document: dict[str, Any]) -> list[dict[str, Any]]:
+    """One request a picture, several at a time, so that the server forms batches."""
+    with ThreadPoolExecutor(_CLIENTS) as pool:
+        return list(pool.map(lambda s: _post(url, {"image": _encoded(s.image), **document}), samples))
+
+
+def _post(url: str, document: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(
+        f"{url}/predictions/{_NAME}", json.dumps(document).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        raise EludeError(f"The server refused a request ({error.code}): {error.read().decode()[:300]}") from error

@@ -1,0 +1,209 @@
+"""Which layers are offered, which one is the default, and why others are refused: read off the network as it runs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import timm
+import torch
+from support import VIT_DATA, tiny_vit
+from torch import Tensor, nn
+
+from elude_runtime.errors import LayerError
+from elude_runtime.network.split_layers import SplitLayer, choose_layers, find_split_layers
+
+NARROW_SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2), "window_size": 4, "num_classes": 5}
+NETWORKS: dict[str, tuple[int, dict[str, Any]]] = {
+    "deit_tiny_patch16_224": (224, {}),
+    "mobilenetv2_100": (64, {}),
+    "mobilenetv3_small_050": (64, {"num_classes": 5}),
+    "swinv2_tiny_window8_256": (64, {**NARROW_SWIN, "img_size": 64}),
+    "resnetv2_50": (64, {"layers": (1, 1, 1, 1), "num_classes": 5}),
+    "nf_resnet26": (64, {"num_classes": 5}),
+    "resnet10t": (64, {"num_classes": 5}),
+}
+
+
+@lru_cache
+def layers_of(name: str) -> dict[str, SplitLayer]:
+    size, args = NETWORKS[name]
+    torch.manual_seed(0)
+    model = timm.create_model(name, **args).eval()
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():
+            if parameter_name.endswith(("gain", "norm3.weight", "skipinit_gain")) and not p.any():
+                p.fill_(0.5)
+    return {layer.name: layer for layer in find_split_layers(model, (3, size, size))}
+
+
+def default_of(name: str) -> str:
+    return next(layer.name for layer in layers_of(name).values() if layer.default)
+
+
+def test_the_default_of_a_vit_is_the_last_block_that_all_tokens_matter_to() -> None:
+    found = layers_of("deit_tiny_patch16_224")
+    assert default_of("deit_tiny_patch16_224") == "blocks.10.mlp.fc2"
+    last = found["blocks.11.mlp.fc2"]
+    assert last.offered and last.live == (False, True) and not last.default
+    assert found["blocks.10.mlp.fc2"].live == (True, True)
+    assert found["blocks.10.mlp.fc2"].layout.prefix == 1 and found["blocks.10.mlp.fc2"].layout.grid == (14, 14)
+
+
+def test_the_default_of_mobilenetv2_is_its_last_bottleneck() -> None:
+    assert default_of("mobilenetv2_100") == "blocks.6.0.conv_pwl"
+    layer = layers_of("mobilenetv2_100")["blocks.6.0.conv_pwl"]
+    assert (layer.kind, layer.neurons, layer.inputs, layer.kernel, layer.layout.grid) == (
+        "conv",
+        320,
+        960,
+        (1, 1),
+        (2, 2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "reason"),
+    [
+        ("deit_tiny_patch16_224", "blocks.4.attn.qkv", "attention"),
+        ("deit_tiny_patch16_224", "blocks.4.mlp.fc1", "nonlinearity (gelu)"),
+        ("mobilenetv2_100", "blocks.3.0.conv_dw", "nonlinearity"),
+        ("mobilenetv2_100", "blocks.3.0.conv_pw", "nonlinearity"),
+        ("mobilenetv3_small_050", "blocks.0.0.se.conv_expand", "nonlinearity"),
+        ("swinv2_tiny_window8_256", "layers.3.blocks.1.mlp.fc2", "norm"),
+        ("swinv2_tiny_window8_256", "layers.3.blocks.1.attn.proj", "norm"),
+        ("nf_resnet26", "stages.3.1.conv3", "effective weight"),
+    ],
+)
+def test_refused_each_with_its_reason(network: str, layer: str, reason: str) -> None:
+    found = layers_of(network)[layer]
+    assert not found.offered and not found.default
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize("network", list(NETWORKS))
+def test_what_is_offered_is_what_a_stream_or_a_linear_layer_takes(network: str) -> None:
+    found = layers_of(network)
+    assert [layer.order for layer in found.values()] == list(range(len(found)))
+    assert sum(layer.default for layer in found.values()) <= 1
+    for layer in found.values():
+        if layer.offered:
+            assert set(layer.reason.split(" and ")) <= {
+                "added to the stream", "passed on to a linear layer", "is the model's output"
+            }  # fmt: skip
+        assert not (layer.default and (layer.classifier or not layer.offered or not all(layer.live)))
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [
+        ("deit_tiny_patch16_224", "blocks.4.attn.proj"),
+        ("deit_tiny_patch16_224", "head"),
+        ("mobilenetv2_100", "classifier"),
+        ("resnet10t", "layer4.0.conv2"),
+        ("resnetv2_50", "stages.3.blocks.0.conv3"),
+    ],
+)
+def test_offered(network: str, layer: str) -> None:
+    assert layers_of(network)[layer].offered, layers_of(network)[layer].reason
+
+
+class Parts(nn.Module):
+    """Glue that decides what may be split."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.inner, self.layer, self.head = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norm, self.depthwise = nn.LayerNorm(8), nn.Conv2d(3, 3, 1, groups=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(self.depthwise(x).flatten(1)).relu()
+        y = self.layer(h)
+        if self.kind == "twice":
+            y = self.layer(y)
+        if self.kind == "gate":
+            y = y * self.norm(h)
+        if self.kind == "norm":
+            y = self.norm(y)
+        if self.kind == "unused":
+            y = h
+        if self.kind == "scaled":
+            y = 0.5 * y
+        return self.head(h + y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "offered", "reason"),
+    [
+        ("plain", True, "added to the stream"),
+        ("scaled", True, "added to the stream"),
+        ("twice", False, "runs more than once"),
+        ("gate", False, "followed by a gate"),
+        ("norm", False, "followed by a norm"),
+        ("unused", False, "never used"),
+    ],
+)
+def test_glue_decides(kind: str, offered: bool, reason: str) -> None:
+    layer = {found.name: found for found in find_split_layers(Parts(kind).eval(), (3, 2, 2))}["layer"]
+    assert (layer.offered, reason in layer.reason) == (offered, True), layer.reason
+
+
+def test_depthwise_has_nothing_to_split() -> None:
+    class Depthwise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Conv2d(3, 3, 1, groups=3), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x + self.layer(x)).flatten(1))
+
+    layer = find_split_layers(Depthwise().eval(), (3, 2, 2))[0]
+    assert not layer.offered and "depthwise" in layer.reason
+
+
+def test_finding_layers_leaves_no_trace() -> None:
+    model = tiny_vit()
+    model.blocks[0].requires_grad_(False)
+    wanted = [p.requires_grad for p in model.parameters()]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    find_split_layers(model, VIT_DATA.input_size)
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_register_tokens_are_prefix_tokens() -> None:
+    found = {layer.name: layer for layer in find_split_layers(tiny_vit(reg_tokens=2), VIT_DATA.input_size)}
+    layout = found["blocks.1.mlp.fc2"].layout
+    assert (layout.prefix, layout.total, layout.grid) == (3, 19, (4, 4))
+    assert layout.slices == [slice(3, 19), slice(0, 3)]
+
+
+class TestChoosing:
+    found = find_split_layers(tiny_vit(), VIT_DATA.input_size)
+
+    def test_an_unknown_layer_gets_the_closest_names(self) -> None:
+        with pytest.raises(LayerError, match=r"blocks\.1\.mlp\.fc3.*Did you mean blocks\.1\.mlp\.fc[12]"):
+            choose_layers(self.found, ["blocks.1.mlp.fc3"])
+
+    def test_a_name_like_no_other(self) -> None:
+        with pytest.raises(LayerError, match="elude layers"):
+            choose_layers(self.found, ["zzzzzzzz"])
+
+    def test_a_refused_layer_gets_its_reason(self) -> None:
+        with pytest.raises(LayerError, match="attn.qkv is not offered for splitting: followed by attention"):
+            choose_layers(self.found, ["blocks.1.attn.qkv"])
+
+    def test_chosen_once_each_in_network_order(self) -> None:
+        chosen = choose_layers(self.found, ["blocks.1.mlp.fc2", "blocks.0.attn.proj", "blocks.1.mlp.fc2"])
+        assert [layer.name for layer in chosen] == ["blocks.0.attn.proj", "blocks.1.mlp.fc2"]
+
+    def test_the_default_is_one_layer(self) -> None:
+        assert [layer.name for layer in choose_layers(self.found, None)] == ["blocks.1.mlp.fc2"]
+
+    def test_nothing_to_choose(self) -> None:
+        with pytest.raises(LayerError, match="name one with --layers"):
+            choose_layers([layer for layer in self.found if not layer.default], None)

@@ -1,0 +1,181 @@
+"""The tail re-run against full forward passes in which a hook replaces the layer's output."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import timm
+import torch
+from support import forward_with, hook_count, tiny_mobilenet, tiny_vit
+from torch import Tensor, nn
+
+from elude_runtime.network.tail import FULL, REPLAY, Recording, TailRunner
+
+# network: (layer, a later layer, input size, how its tails run)
+CASES = {
+    "vit": ("blocks.0.attn.proj", "blocks.1.mlp.fc2", 32, REPLAY),
+    "registers": ("blocks.0.mlp.fc2", "blocks.2.mlp.fc2", 32, REPLAY),
+    "mobilenet": ("blocks.5.0.conv_pwl", "blocks.6.0.conv_pwl", 64, REPLAY),
+    "resnet": ("layer4.0.conv2", "fc", 64, None),
+    "resnet, downsampling": ("layer4.0.downsample.1", "fc", 64, None),
+    "glue": ("layer", "head", 4, FULL),
+}
+
+
+class Glue(nn.Module):
+    """Glue code that tells replayed outputs from true ones: its tails need full re-runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Linear(48, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x.flatten(1))
+        scale = 1.0 if "forward" not in self.stem.__dict__ else 2.0
+        return self.head(h * scale + self.layer(h))
+
+
+@lru_cache
+def network(kind: str) -> tuple[nn.Module, TailRunner, Tensor]:
+    torch.manual_seed(3)
+    layer, later, size, _ = CASES[kind]
+    if kind == "vit":
+        model = tiny_vit()
+    elif kind == "registers":
+        model = tiny_vit(reg_tokens=2)
+    elif kind == "mobilenet":
+        model = tiny_mobilenet()
+    elif kind == "glue":
+        model = Glue().eval()
+    else:
+        model = timm.create_model("resnet10t", num_classes=7, zero_init_last=False).eval()
+    model.requires_grad_(False)
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(4))
+    return model, TailRunner(model, [layer, later], (3, size, size)), images
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> tuple[str, str, nn.Module, TailRunner, Tensor, Recording]:
+    layer, later, _, _ = CASES[request.param]
+    model, runner, images = network(request.param)
+    return layer, later, model, runner, images, runner.record(images, [layer, later])
+
+
+@pytest.mark.parametrize("kind", list(CASES))
+def test_how_tails_run(kind: str) -> None:
+    layer, _, _, mode = CASES[kind]
+    plan = network(kind)[1].plans[layer]
+    if mode is not None:
+        assert plan.mode == mode
+    assert bool(plan.modules) == (plan.mode == REPLAY)
+
+
+def test_a_recording_is_the_untouched_models_pass(case: tuple) -> None:
+    layer, _, model, _, images, recording = case
+    seen: list[Tensor] = []
+    logits = forward_with(model, images, {layer: lambda x, y: seen.extend([x.clone(), y.clone()]) or y})
+    assert torch.equal(recording.logits, logits) and torch.equal(recording.logits, model(images))
+    assert torch.equal(recording.x[layer], seen[0]) and torch.equal(recording.y[layer], seen[1])
+
+
+def test_a_null_tail_is_the_recorded_pass_bit_for_bit(case: tuple) -> None:
+    layer, later, _, runner, images, recording = case
+    for name in (layer, later):
+        again = runner.run(recording, name, recording.y[name].clone(), torch.arange(len(images)))
+        assert torch.equal(again, recording.logits)
+
+
+def test_a_changed_output_reaches_the_end_as_in_a_full_pass(case: tuple) -> None:
+    layer, _, model, runner, images, recording = case
+    changed = recording.y[layer] + torch.randn(recording.y[layer].shape, generator=torch.Generator().manual_seed(5))
+    found = runner.run(recording, layer, changed, torch.arange(len(images)))
+    expected = forward_with(model, images, {layer: lambda x, y: changed})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, recording.logits, atol=1e-3)
+
+
+def test_chosen_rows_in_any_order_and_number(case: tuple) -> None:
+    layer, _, model, runner, images, recording = case
+    rows = torch.tensor([2, 0, 2, 3, 1, 2])
+    noise = torch.randn(6, *recording.y[layer].shape[1:], generator=torch.Generator().manual_seed(6))
+    changed = recording.y[layer][rows] + noise
+    found = runner.run(recording, layer, changed, rows)
+    expected = forward_with(model, images[rows], {layer: lambda x, y: changed})
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_layers(case: tuple) -> None:
+    layer, later, model, runner, images, recording = case
+    changed = 1.5 * recording.y[layer]
+
+    def change(x: Tensor, y: Tensor) -> Tensor:
+        return y - 0.3 * x.mean() * y.tanh()
+
+    found = runner.run(recording, layer, changed, torch.arange(len(images)), {later: change})
+    expected = forward_with(model, images, {layer: lambda x, y: changed, later: change})
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_full_pass(case: tuple) -> None:
+    layer, _, model, runner, images, recording = case
+    found = []
+    for run in (
+        lambda y: runner.run(recording, layer, y, torch.arange(len(images))),
+        lambda y: forward_with(model, images, {layer: lambda *_: y}),
+    ):
+        y = recording.y[layer].clone().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(run(y)[:, 1].sum(), y)
+        found.append(gradient)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+    assert bool((found[0] != 0).any())
+
+
+def test_the_model_is_as_before(case: tuple) -> None:
+    layer, later, model, runner, images, recording = case
+    before = hook_count(model)
+    runner.run(recording, layer, recording.y[layer] + 1, torch.arange(len(images)), {later: lambda x, y: y + 1})
+    assert hook_count(model) == before == 0
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert torch.equal(model(images), recording.logits)
+
+
+def test_the_model_is_as_before_after_an_exception(case: tuple) -> None:
+    layer, later, model, runner, images, recording = case
+
+    def fail(x: Tensor, y: Tensor) -> Tensor:
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        runner.run(recording, layer, recording.y[layer], torch.arange(len(images)), {later: fail})
+    with pytest.raises((RuntimeError, IndexError, AssertionError, ValueError)):
+        runner.run(recording, layer, torch.zeros(1, 2), torch.arange(len(images)))
+    with pytest.raises((RuntimeError, IndexError, AssertionError)):
+        runner.record(torch.zeros(2, 1, 3, 3), [layer])
+    assert hook_count(model) == 0
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert torch.equal(model(images), recording.logits)
+
+
+def test_a_users_own_forward_is_put_back() -> None:
+    model, runner, images = network("vit")
+    layer = CASES["vit"][0]
+    recording = runner.record(images, [layer])
+    original = type(model.blocks[0].attn.proj).forward.__get__(model.blocks[0].attn.proj)
+    model.blocks[0].attn.proj.forward = original
+    try:
+        runner.run(recording, layer, recording.y[layer], torch.arange(4))
+        assert model.blocks[0].attn.proj.__dict__["forward"] is original
+    finally:
+        del model.blocks[0].attn.proj.forward
+
+
+def test_replayed_outputs_are_never_changed_in_place() -> None:
+    model, runner, images = network("resnet")
+    layer = CASES["resnet"][0]
+    recording = runner.record(images, [layer])
+    kept = {n: [t.clone() for t in calls] for n, calls in recording.outputs.items()}
+    runner.run(recording, layer, recording.y[layer] * 2, torch.arange(4))
+    for name, calls in recording.outputs.items():
+        assert all(torch.equal(a, b) for a, b in zip(calls, kept[name], strict=True)), name

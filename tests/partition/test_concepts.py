@@ -1,0 +1,135 @@
+"""Concepts: every sub-unit in one of them, none empty, co-active ones together; statistics as numpy has them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elude_runtime.partition import REST_CONCEPT
+from elude_runtime.partition.concepts import (
+    DRIFT_EDGES,
+    QUANTILES,
+    concept_activation,
+    concept_share,
+    describe,
+    group_concepts,
+    subunit_share,
+)
+
+
+def example(
+    seed: int, tokens: int = 50, neurons: int = 6, subunits: int = 4
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(centred [S, d, M + 1], std, counts) with unused numbers and one dead sub-unit."""
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, subunits + 1, (neurons,), generator=g).to(torch.uint8)
+    centred = torch.randn(tokens, neurons, subunits + 1, generator=g)
+    centred[:, :, :subunits] *= torch.arange(subunits) < counts.long()[:, None]
+    centred[:, 0, 0] = 0
+    return centred, centred.std(0, correction=0), counts
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), concepts=st.integers(1, 30))
+def test_every_live_subunit_is_in_one_concept_and_none_is_empty(seed: int, concepts: int) -> None:
+    centred, std, counts = example(seed)
+    found = group_concepts(centred, std, counts, concepts, seed=0)
+    assert found.shape == std.shape
+    assert bool((found[:, -1] == REST_CONCEPT).all())
+    named = (torch.arange(std.shape[1]) < counts.long()[:, None]) & (std > 0)
+    assert bool((found[~named] == REST_CONCEPT).all())
+    assert bool((found[named] != REST_CONCEPT).all())
+    numbers = sorted(set(found[named].tolist()))
+    assert numbers == list(range(len(numbers))) and len(numbers) <= concepts
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_concepts_are_numbered_by_their_share_of_variance(seed: int) -> None:
+    centred, std, counts = example(seed)
+    found = group_concepts(centred, std, counts, 5, seed=1)
+    total = len(set(found[found != REST_CONCEPT].tolist()))
+    share = concept_share(centred, found, total)[:total].tolist()
+    assert share == sorted(share, reverse=True)
+
+
+def test_coactive_subunits_are_grouped_whatever_their_size() -> None:
+    g = torch.Generator().manual_seed(3)
+    sources = torch.randn(80, 3, generator=g)
+    which = torch.randint(0, 3, (10, 4), generator=g)
+    centred = torch.zeros(80, 10, 5)
+    centred[..., :4] = sources[:, which] * (10 ** torch.randn(10, 4, generator=g)) + 1e-4 * torch.randn(
+        80, 10, 4, generator=g
+    )
+    counts = torch.full((10,), 4, dtype=torch.uint8)
+    found = group_concepts(centred, centred.std(0, correction=0), counts, 3, seed=0)[:, :4]
+    assert len({(int(a), int(b)) for a, b in zip(which.flatten(), found.flatten(), strict=True)}) == 3
+
+
+def test_same_seed_same_concepts() -> None:
+    centred, std, counts = example(4)
+    first, again = (group_concepts(centred, std, counts, 4, seed=7) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_a_layer_that_never_varies() -> None:
+    centred = torch.zeros(10, 3, 4)
+    found = group_concepts(centred, torch.zeros(3, 4), torch.full((3,), 3, dtype=torch.uint8), 4, seed=0)
+    assert bool((found == REST_CONCEPT).all())
+    assert concept_share(centred, found, 0).tolist() == [0.0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_shares_are_covariances_with_the_output_and_add_up(seed: int) -> None:
+    centred, std, counts = example(seed)
+    concept = group_concepts(centred, std, counts, 4, seed=0)
+    total = len(set(concept[concept != REST_CONCEPT].tolist()))
+    values = centred.double().numpy()
+    y = values.sum(2)
+    variance = y.var(0).sum()
+    expected = np.zeros(total + 1)
+    own = np.zeros(std.shape)
+    for k in range(values.shape[1]):
+        for m in range(values.shape[2]):
+            own[k, m] = np.cov(values[:, k, m], y[:, k], bias=True)[0, 1] / variance
+            c = int(concept[k, m])
+            expected[total if c == REST_CONCEPT else c] += own[k, m]
+    np.testing.assert_allclose(subunit_share(centred), own, atol=1e-5)
+    np.testing.assert_allclose(concept_share(centred, concept, total), expected, atol=1e-5)
+    assert float(concept_share(centred, concept, total).sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_activation_is_the_mean_z_score_of_live_members() -> None:
+    centred, std, counts = example(5)
+    concept = group_concepts(centred, std, counts, 4, seed=0)
+    total = len(set(concept[concept != REST_CONCEPT].tolist()))
+    found = concept_activation(centred, std, concept, total)
+    for c in [*range(total), REST_CONCEPT]:
+        members = [(k, m) for k in range(6) for m in range(5) if int(concept[k, m]) == c and float(std[k, m]) > 0]
+        expected = sum(centred[:, k, m] / std[k, m] for k, m in members) / len(members)
+        torch.testing.assert_close(found[:, total if c == REST_CONCEPT else c], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(400, 9, generator=torch.Generator().manual_seed(6)) ** 3
+    share = torch.arange(9.0)
+    found = describe(values, share)
+    x = values.double().numpy()
+    np.testing.assert_allclose(found.mean, x.mean(0), atol=1e-5)
+    np.testing.assert_allclose(found.std, x.std(0), rtol=1e-5)
+    np.testing.assert_allclose(found.quantiles, np.quantile(x, QUANTILES, axis=0).T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.drift_edges, np.quantile(x, DRIFT_EDGES, axis=0).T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.density, (np.abs(x - x.mean(0)) > 2 * x.std(0)).mean(0), atol=1e-6)
+    assert found.share is share
+    monkeypatch.setattr("elude_runtime.partition.concepts._CHUNK_FLOATS", 800)
+    assert torch.equal(describe(values, share).quantiles, found.quantiles)
+
+
+def test_a_feature_that_never_varies_is_described() -> None:
+    found = describe(torch.zeros(30, 2), torch.zeros(2))
+    assert found.std.tolist() == found.density.tolist() == [0, 0]
+    assert bool(torch.isfinite(found.quantiles).all())
