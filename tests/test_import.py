@@ -12,9 +12,9 @@ import elude_runtime
 
 def loaded_after(code: str) -> set[str]:
     heavy = "torch timm torchvision pydantic pyarrow sklearn typer ts".split()
-    script = f"import sys\n{code}\nprint([m for m in {heavy!r} if m in sys.modules])"
+    script = f"import sys\n{code}\nprint(*[m for m in {heavy!r} if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(eval(ran.stdout))
+    return set(ran.stdout.split())
 
 
 @pytest.mark.parametrize("code", ["import elude_runtime", "import elude_runtime; elude_runtime.__version__; dir(elude_runtime)"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -36,6 +37,8 @@ class Edit:
             raise EditError(f"There is no edit mode {self.mode!r}; use one of {', '.join(MODES)}.")
         if self.mode == "scale" and self.value is None:
             raise EditError("An edit with mode 'scale' needs a value: 0 removes the feature, 1 leaves it.")
+        if self.value is not None and not math.isfinite(self.value):
+            raise EditError(f"The value of an edit must be a finite number, not {self.value}.")
         if self.mode == "ablate" and self.value is not None:
             raise EditError("An edit with mode 'ablate' takes no value; use mode 'scale' for one.")
 

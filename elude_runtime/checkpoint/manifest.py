@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from elude_runtime.errors import CheckpointError
 
@@ -69,6 +69,14 @@ class LayerEntry(_Frozen):
     follows: str
     attribution: AttributionEntry
 
+    @model_validator(mode="after")
+    def _token_layout_fits(self) -> Self:
+        if not 0 <= self.prefix < self.total or len(self.token_types) != (2 if self.prefix else 1):
+            raise ValueError(f"{self.prefix} prefix tokens of {self.total} do not fit {len(self.token_types)} token types")
+        if self.grid is not None and (len(self.grid) != 2 or self.grid[0] * self.grid[1] != self.total - self.prefix):
+            raise ValueError(f"the grid {self.grid} does not hold {self.total - self.prefix} tokens")
+        return self
+
 
 class Calibration(_Frozen):
     """The images statistics were taken from. sha256: over their content hashes (tensor `elude.calibration_images`,
@@ -121,7 +129,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged (not JSON: {error}); make the checkpoint again.") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:

@@ -101,17 +101,29 @@ def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
             if file.is_file():
                 _sync(file)
         work.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-            os.replace(out, old / "old")
+        if not out.exists():
             os.replace(work, out)
-            shutil.rmtree(old)
+        elif force:
+            _swap(work, out)
         else:
-            os.replace(work, out)
+            raise StorageError(f"{out} appeared while this was being made; it was left as it is, choose another --out.")
     except OSError as error:
         raise storage_error(error, out) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _swap(work: Path, out: Path) -> None:
+    """Put `work` in the place of `out`, which stays when that fails."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    os.replace(out, aside / out.name)
+    try:
+        os.replace(work, out)
+    except OSError:
+        os.replace(aside / out.name, out)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def storage_error(error: OSError, where: Path) -> StorageError:

@@ -118,7 +118,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except ImagesError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(f"The image has more pixels than the limit of {max_pixels}; send a smaller one.") from error
+        raise ImageTooLargeError(f"The image has too many pixels, the limit is {max_pixels}; send a smaller one.") from error
     except UnidentifiedImageError as error:
         raise ImagesError("The bytes are not an image in a known format; send JPEG, PNG or WebP.") from error
     except (OSError, ValueError, SyntaxError, EOFError, TypeError) as error:
