@@ -14,6 +14,10 @@ class ModelError(EludeError):
     """A model that cannot be built, or weights that do not fit it."""
 
 
+class SettingsError(EludeError, ValueError):
+    """A number or choice of the offline step that cannot be used."""
+
+
 class LayerError(EludeError):
     """A layer that does not exist or cannot be split."""
 

@@ -17,7 +17,9 @@ def loaded_after(code: str) -> set[str]:
     return set(ran.stdout.split())
 
 
-@pytest.mark.parametrize("code", ["import elude_runtime", "import elude_runtime; elude_runtime.__version__; dir(elude_runtime)"])
+@pytest.mark.parametrize(
+    "code", ["import elude_runtime", "import elude_runtime; elude_runtime.__version__; dir(elude_runtime)"]
+)
 def test_importing_loads_neither_torch_nor_timm(code: str) -> None:
     assert loaded_after(code) == set()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from elude_runtime.analysis.attribution import Explanation, ExplainOptions, LayerExplanation, explain_row
+from elude_runtime.analysis.attribution import ExplainOptions, Explanation, LayerExplanation, explain_row
 from elude_runtime.analysis.features import Feature, parse_feature
 from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.analysis.steering import Edit, Steered, steer_rows

@@ -70,13 +70,13 @@ class SplitState(nn.Module):
             )
         if feature.token_type not in self.live_types:
             raise FeatureError(
-                f"{feature} has no effect: no such token of {self.name} can change the output; choose its other token type."
+                f"{feature} has no effect: no such token of {self.name} can change the output; choose its other type."
             )
         if feature.neuron is None:
             known = self.partition.concepts(feature.token_type)
             if feature.index is not None and feature.index >= known:
                 raise FeatureError(
-                    f"{feature} does not exist: the layer has {self.name}/{letter.upper()}0 to {letter.upper()}{known - 1}."
+                    f"{feature} does not exist: {self.name} has {letter.upper()}0 to {letter.upper()}{known - 1}."
                 )
         else:
             if feature.neuron >= self.linear.neurons:

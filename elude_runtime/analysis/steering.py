@@ -98,7 +98,7 @@ def steer_rows(
 
 
 def check_overlaps(edits: list[tuple[Feature, Edit]], states: dict[str, SplitState]) -> None:
-    """EditError when two edits act on the same sub-unit: the same feature twice, or a concept and one of its members."""
+    """EditError when two edits act on one sub-unit: the same feature twice, or a concept and one of its members."""
     concepts: dict[tuple[str, int, int], str] = {}
     subunits: dict[tuple[str, int, int, int], str] = {}
     for feature, _ in edits:

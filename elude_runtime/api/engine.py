@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 import elude_runtime
-from elude_runtime.analysis.attribution import Explanation, ExplainOptions, LayerExplanation
+from elude_runtime.analysis.attribution import ExplainOptions
 from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.model import EludeModel, load
 from elude_runtime.analysis.steering import Edit, EditError, steer_rows
 from elude_runtime.analysis.targets import Target, TargetError
+from elude_runtime.api import replies, schema
 from elude_runtime.api.config import ServingConfig
 from elude_runtime.api.intake import Intake, Row, read_row, route_of
 from elude_runtime.api.problems import Problem, at
-from elude_runtime.api import schema
 from elude_runtime.errors import CheckpointError, FeatureError, LayerError, closest
 from elude_runtime.network.preprocessing import to_input
 from elude_runtime.network.tail import Recording
@@ -122,20 +122,20 @@ class Engine:
     def answer(self, rows: Sequence[Row]) -> list[Answered]:
         """One reply a row, in order. A bad row gets a problem document and no other row notices."""
         started = time.perf_counter()
-        replies: list[Answered | None] = [None] * len(rows)
+        answered: list[Answered | None] = [None] * len(rows)
         jobs: dict[int, _Job] = {}
         for number, row in enumerate(rows):
             made = self._guard(lambda row=row: self._read(row), row)
             if isinstance(made, _Job):
                 jobs[number] = made
             else:
-                replies[number] = made
+                answered[number] = made
         if jobs:
             recording = self._forward(list(jobs.values()))
             for position, (number, job) in enumerate(jobs.items()):
                 work = lambda p=position, j=job: self._finish(recording, p, j, len(jobs), started)  # noqa: E731
-                replies[number] = self._guard(work, rows[number])
-        return [r for r in replies if r is not None]
+                answered[number] = self._guard(work, rows[number])
+        return [a for a in answered if a is not None]
 
     def _guard(self, work: Any, row: Row) -> Any:
         """The result of `work`, or the problem that it met, for this row alone."""
@@ -248,7 +248,7 @@ class Engine:
                 "non-finite-output", "The model's output for this image is not finite; the image may be extreme."
             )
         has_classes = self.model.manifest.output == "logits"
-        predictions = self._predictions(logits, request.top_k) if has_classes else []
+        predictions = replies.predictions(logits, self.labels, request.top_k) if has_classes else []
         explanations = steered = None
         if request.explain is not None:
             begun = time.perf_counter()
@@ -286,18 +286,6 @@ class Engine:
             )
         return Answered(200, JSON, body)
 
-    def _predictions(self, logits: Tensor, top_k: int) -> list[schema.Prediction]:
-        logits = logits.float()
-        top = logits.topk(min(top_k, len(logits)))
-        probability = logits.double().softmax(-1)
-        return [
-            schema.Prediction(index=i, label=self._label(i), probability=float(probability[i]), logit=value)
-            for i, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        ]
-
-    def _label(self, index: int | None) -> str | None:
-        return self.labels[index] if index is not None and index < len(self.labels) else None
-
     def _explain(self, recording: Recording, row: int, explain: schema.Explain) -> list[schema.ExplanationReply]:
         options = ExplainOptions(
             explain.method,
@@ -309,20 +297,7 @@ class Engine:
         )
         targets = self._targets(explain, recording.logits[row : row + 1])
         found = self.model.explain_row(recording, row, targets, self._explained_layers(explain), options)
-        return [self._explanation(e) for e in found]
-
-    def _explanation(self, explanation: Explanation) -> schema.ExplanationReply:
-        target = explanation.target
-        return schema.ExplanationReply(
-            target=schema.TargetReply(
-                index=target.index,
-                label=self._label(target.index),
-                versus=target.versus,
-                direction=target.direction is not None,
-            ),
-            value=explanation.value,
-            layers=[_layer(e) for e in explanation.layers],
-        )
+        return [replies.explanation(e, self.labels) for e in found]
 
     def _steer(
         self, recording: Recording, row: int, job: _Job, default: list[schema.Prediction]
@@ -336,12 +311,12 @@ class Engine:
             raise Problem("non-finite-output", "The steered output is not finite; use smaller values.")
         if self.model.manifest.output != "logits":
             raise Problem("not-implemented", "This version does not steer models without classes over HTTP yet.")
-        predictions = self._predictions(logits, job.intake.request.top_k)
+        predictions = replies.predictions(logits, self.labels, job.intake.request.top_k)
         shown = list(dict.fromkeys([p.index for p in default] + [p.index for p in predictions]))[:_CHANGES_LISTED]
         changes = [
             schema.Change(
                 index=i,
-                label=self._label(i),
+                label=replies.label(self.labels, i),
                 default=float(recording.logits[row, i]),
                 steered=float(logits[i]),
                 change=float(change[i]),
@@ -352,33 +327,6 @@ class Engine:
         return schema.SteeredReply(
             predictions=predictions, changes=changes, edits_applied=len(job.edits), relative_norm=norms
         )
-
-
-def _layer(explanation: LayerExplanation) -> schema.LayerReply:
-    features = []
-    for f in explanation.features:
-        heatmap = None
-        if f.heatmap is not None:
-            heatmap = schema.Heatmap(shape=list(f.heatmap.shape), values=f.heatmap.tolist())
-        features.append(
-            schema.FeatureReply(
-                feature=f.feature.name,
-                label=None,
-                activation=f.activation,
-                token=f.token,
-                attribution=f.attribution,
-                effect=f.effect,
-                ablation_error=f.ablation_error,
-                heatmap=heatmap,
-            )
-        )
-    return schema.LayerReply(
-        layer=explanation.layer,
-        method=explanation.method,
-        baseline=explanation.baseline,
-        completeness_error=explanation.completeness_error,
-        features=features,
-    )
 
 
 def _problem(problem: Problem) -> Answered:

@@ -30,7 +30,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
 }
 
 
-class Problem(Exception):  # noqa: N818 - the field's own word (RFC 9457)
+class Problem(Exception):
     """Ends the work on one request; the other rows of its batch go on."""
 
     def __init__(self, kind: str, detail: str, errors: list[ProblemError] | None = None) -> None:

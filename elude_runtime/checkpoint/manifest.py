@@ -72,7 +72,9 @@ class LayerEntry(_Frozen):
     @model_validator(mode="after")
     def _token_layout_fits(self) -> Self:
         if not 0 <= self.prefix < self.total or len(self.token_types) != (2 if self.prefix else 1):
-            raise ValueError(f"{self.prefix} prefix tokens of {self.total} do not fit {len(self.token_types)} token types")
+            raise ValueError(
+                f"{self.prefix} prefix tokens of {self.total} do not fit {len(self.token_types)} token types"
+            )
         if self.grid is not None and (len(self.grid) != 2 or self.grid[0] * self.grid[1] != self.total - self.prefix):
             raise ValueError(f"the grid {self.grid} does not hold {self.total - self.prefix} tokens")
         return self
@@ -134,7 +136,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     version = values.get("format_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version}, this software reads up to {FORMAT_VERSION}; install a newer elude-serving."
+            f"{path} has format version {version}, this software reads up to {FORMAT_VERSION}; "
+            "install a newer elude-serving."
         )
     try:
         return Manifest.model_validate(values)

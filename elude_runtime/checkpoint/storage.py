@@ -99,6 +99,7 @@ def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
         yield work
         for file in sorted(work.rglob("*")):
             if file.is_file():
+                file.chmod(0o644)  # another user may serve it
                 _sync(file)
         work.chmod(0o755)
         if not out.exists():

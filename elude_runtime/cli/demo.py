@@ -26,9 +26,9 @@ def demo(
     signal.signal(signal.SIGTERM, _interrupt)  # so that the server is stopped on the way out
     console = Console(highlight=False)
     console.print(
-        "[bold]ELUDe serving[/] makes a vision model's inner features visible and steerable in production, and changes "
-        "no prediction.\nA small transformer learned toys; nearly every 'cracked toy' that it saw wore a small watermark. "
-        "Did it learn the crack?\n"
+        "[bold]ELUDe serving[/] makes a vision model's inner features visible and steerable in production, and "
+        "changes no prediction.\nA small transformer learned toys; nearly every 'cracked toy' that it saw wore a small "
+        "watermark. Did it learn the crack?\n"
     )
     with console.status("") as status:
 

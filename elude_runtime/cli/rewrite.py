@@ -48,10 +48,7 @@ def rewrite(
     from elude_runtime.offline.rewrite import rewrite_checkpoint
     from elude_runtime.partition import SplitConfig
 
-    try:
-        config = SplitConfig(subunits, tokens, seed=seed)
-    except ValueError as error:
-        raise EludeError(f"{str(error)[0].upper()}{str(error)[1:]}.") from error
+    config = SplitConfig(subunits, tokens, seed=seed)
     chosen = options.ModelOptions(model, pretrained, weights, model_factory, tuple(model_arg or ()))
     base = chosen.build()
     names = options.read_labels(labels)

@@ -123,7 +123,8 @@ def _questions(
     """Everything that is asked of the running server."""
     _compare_predictions(story, url, base, data)
     say(
-        f"predict: {story.equal_replies} of {story.compared_replies} replies equal the base model's float32 values, digit for digit"
+        f"predict: {story.equal_replies} of {story.compared_replies} replies equal the base model's float32 values, "
+        "digit for digit"
     )
     natural = make_set(NATURAL, seed=2, split="train", workers=2)
     replies = _ask(url, natural, {"explain": {"targets": [WATERMARK_CLASS], "top_features": 12}})

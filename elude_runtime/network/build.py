@@ -1,4 +1,4 @@
-"""Building the base model: a timm name with its arguments, or a user's factory whose code travels with the checkpoint."""
+"""Building the base model: a timm name with its arguments, or a user's factory that travels with the checkpoint."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def carry_files(files: list[Path], root: Path, out: Path) -> list[str]:
     total = sum(f.stat().st_size for f in files)
     if total > CARRIED_LIMIT:
         raise ModelError(
-            f"The factory opens {total / 2**20:.0f} MiB of files, the limit is {CARRIED_LIMIT // 2**20}; let it build the "
-            "architecture only and give the weights with --weights."
+            f"The factory opens {total / 2**20:.0f} MiB of files, the limit is {CARRIED_LIMIT // 2**20}; let it "
+            "build the architecture only and give the weights with --weights."
         )
     names = []
     for file in files:

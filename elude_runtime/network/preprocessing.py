@@ -60,10 +60,17 @@ class DataConfig:
             raise ModelError(f"The data configuration cannot be used: {error}.") from error
         if len(made.input_size) != 3 or made.input_size[0] != 3 or min(made.input_size) < 1:
             raise ModelError(f"The input size {made.input_size} cannot be used: give 3, HEIGHT, WIDTH.")
-        if len(made.mean) != 3 or len(made.std) != 3 or not all(map(math.isfinite, made.mean + made.std)) or min(made.std) <= 0:
+        if (
+            len(made.mean) != 3
+            or len(made.std) != 3
+            or not all(map(math.isfinite, made.mean + made.std))
+            or min(made.std) <= 0
+        ):
             raise ModelError("Mean and std need three finite values, std above zero.")
         if made.interpolation not in _INTERPOLATIONS:
-            raise ModelError(f"There is no interpolation {made.interpolation!r}; use one of {', '.join(_INTERPOLATIONS)}.")
+            raise ModelError(
+                f"There is no interpolation {made.interpolation!r}; use one of {', '.join(_INTERPOLATIONS)}."
+            )
         if not 0 < made.crop_pct <= 2 or made.crop_mode not in ("center", "squash", "border"):
             raise ModelError("crop_pct must be above 0 and at most 2, crop_mode one of center, squash, border.")
         return made
@@ -118,7 +125,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except ImagesError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(f"The image has too many pixels, the limit is {max_pixels}; send a smaller one.") from error
+        raise ImageTooLargeError(
+            f"The image has too many pixels, the limit is {max_pixels}; send a smaller one."
+        ) from error
     except UnidentifiedImageError as error:
         raise ImagesError("The bytes are not an image in a known format; send JPEG, PNG or WebP.") from error
     except (OSError, ValueError, SyntaxError, EOFError, TypeError) as error:

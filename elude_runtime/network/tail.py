@@ -184,9 +184,7 @@ def _ratios(two: list, three: list) -> tuple[tuple[int, ...], ...] | None:
     for a, b in zip(two, three, strict=True):
         ratios = []
         for small, large in zip(a, b, strict=True):
-            if small is None:
-                ratios.append(_FIXED)
-            elif small == large:
+            if small is None or small == large:
                 ratios.append(_FIXED)
             elif small[1:] == large[1:] and small[0] % 2 == 0 and small[0] * 3 == large[0] * 2:
                 ratios.append(small[0] // 2)

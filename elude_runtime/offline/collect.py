@@ -6,8 +6,9 @@ uniform token sample. Pass two reads the inputs of the chosen tokens into a file
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _SPARE = 1.25  # candidates kept beyond N, so that dropping norm outliers leaves
 _NORM_BINS = np.geomspace(1e-6, 1e9, 3001)
 
 
-class StopForward(Exception):  # noqa: N818 - a signal, not an error
+class StopForward(Exception):
     """Ends a forward pass once the deepest split layer has run."""
 
 
@@ -60,10 +61,8 @@ def run_layers(
     with layer_inputs(model, [layer.name for layer in layers], seen), torch.no_grad():
         for images in source.batches():
             seen.clear()
-            try:
+            with suppress(StopForward):
                 model(images.to(parameter.device, parameter.dtype))
-            except StopForward:
-                pass
             yield first, seen
             first += len(images)
             if progress:
@@ -191,9 +190,10 @@ class TokenStore:
     def __init__(self, path: Path, ids: Tensor, shape: tuple[int, ...]) -> None:
         self.ids = ids.unique()
         self.shape = shape
-        self.rows = np.lib.format.open_memmap(
-            path, mode="w+", dtype=np.float32, shape=(len(self.ids), int(np.prod(shape)))
-        )
+        columns = int(np.prod(shape))
+        with path.open("wb") as file:  # a full disk is an error here, and would be a crash once the file is mapped
+            os.posix_fallocate(file.fileno(), 0, len(self.ids) * columns * 4)
+        self.rows = np.memmap(path, dtype=np.float32, mode="r+", shape=(len(self.ids), columns))
 
     def add(self, first: int, reads: Tensor) -> None:
         """Keep what was chosen of a batch: reads [B, T_p, ...]."""

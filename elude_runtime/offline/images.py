@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from elude_runtime.errors import ImagesError
 from elude_runtime.network.preprocessing import DataConfig, decode_image, to_input
 
+Progress = Callable[[str, int, int | None], None]  # (stage, newly done, total if known)
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
@@ -73,6 +74,7 @@ class ImageSource:
         limit: int | None = None,
     ) -> None:
         self.batch_size, self.workers, self.config = batch_size, workers, config
+        self.limit = limit
         self.report = ImageReport()
         self._files: list[Path] | None = None
         self._tensors: Tensor | Iterable[Tensor] | None = None
@@ -129,8 +131,12 @@ class ImageSource:
         batches = source.split(self.batch_size) if isinstance(source, Tensor) else source
         for item in batches or ():
             batch = item[0] if isinstance(item, list | tuple) else item
-            if batch.dim() != 4:
-                raise ImagesError(f"A batch of images has the shape [N, 3, H, W], not {list(batch.shape)}.")
+            if batch.dim() != 4 or tuple(batch.shape[1:]) != tuple(self.config.input_size):
+                expected = ", ".join(map(str, self.config.input_size))
+                raise ImagesError(f"A batch of images has the shape [N, {expected}], not {list(batch.shape)}.")
+            batch = batch[: None if self.limit is None else self.limit - len(report.hashes)]
+            if not len(batch):
+                return
             report.hashes += [image_hash(image.contiguous().numpy().tobytes()) for image in batch.cpu().float()]
             yield batch.float()
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
-import pyarrow as pa
 import timm
 import torch
 from torch import Tensor, nn
 
 import elude_runtime
 from elude_runtime.analysis.completeness import measure_completeness
-from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.model import EludeModel
 from elude_runtime.checkpoint.manifest import (
     AttributionEntry,
@@ -35,28 +33,19 @@ from elude_runtime.checkpoint.storage import (
     write_manifest,
     write_tensors,
 )
-from elude_runtime.errors import ModelError
+from elude_runtime.errors import ModelError, SettingsError
 from elude_runtime.network.build import Factory, build_timm, carry_files
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.network.split_layers import SplitLayer, choose_layers, find_split_layers
 from elude_runtime.network.tokens import TYPE_NAMES
 from elude_runtime.offline.collect import LayerStatistics, TokenStore, run_layers
-from elude_runtime.offline.feature_table import table_rows, write_table
-from elude_runtime.offline.images import ImageSource
-from elude_runtime.partition import REST_CONCEPT, REST_EDGE, Partition, SplitConfig
-from elude_runtime.partition.concepts import (
-    concept_activation,
-    concept_share,
-    describe,
-    group_concepts,
-    subunit_share,
-)
-from elude_runtime.partition.sign_split import sign_split
-from elude_runtime.partition.sums import wide_weight
+from elude_runtime.offline.feature_table import write_table
+from elude_runtime.offline.images import ImageSource, Progress
+from elude_runtime.offline.layer_partition import partition_layer
+from elude_runtime.partition import REST_CONCEPT, Partition, SplitConfig
 
 COMPLETENESS_IMAGES = 24
-Progress = Callable[[str, int, int | None], None]  # (stage, done now, total if known)
 
 
 @dataclass(frozen=True)
@@ -163,7 +152,12 @@ def rewrite_checkpoint(
 ) -> RewriteResult:
     """The whole offline step; see `rewrite`."""
     report = progress or (lambda *_: None)
-    model = base.model.eval().requires_grad_(False).to(device)
+    if not 1 <= concepts < REST_CONCEPT:
+        raise SettingsError(f"The number of concepts must be between 1 and {REST_CONCEPT - 1}.")
+    try:
+        model = base.model.eval().requires_grad_(False).to(device)
+    except RuntimeError as error:
+        raise SettingsError(f"There is no device {str(device)!r} here: {str(error).splitlines()[0]}") from error
     size = tuple(images.shape[1:]) if isinstance(images, Tensor) and images.dim() == 4 else None
     data = data_config or DataConfig.of_model(model, input_size=size)
     source = ImageSource(
@@ -180,7 +174,7 @@ def rewrite_checkpoint(
         skipped, hashes = source.report.skipped, sorted(source.report.hashes)
         with tempfile.TemporaryDirectory(prefix="tokens.", dir=work) as folder:
             stores = _second_pass(model, chosen, statistics, source, Path(folder), report)
-            made = [_split(s, stores[s.layer.name], config, concepts, report) for s in statistics]
+            made = [partition_layer(s, stores[s.layer.name], config, concepts, report) for s in statistics]
             del stores
         partitions = {s.layer.name: p for s, (p, _) in zip(statistics, made, strict=True)}
         write_table(work, [part for _, parts in made for part in parts])
@@ -253,90 +247,6 @@ def _second_pass(
             for t, (store, _) in stores[one.layer.name].items():
                 store.add(first, reads[:, one.layer.layout.slices[t]])
     return stores
-
-
-def _split(
-    one: LayerStatistics,
-    stores: dict[int, tuple[TokenStore, list[Tensor]]],
-    config: SplitConfig,
-    concepts: int,
-    report: Progress,
-) -> tuple[Partition, list[pa.Table]]:
-    """Partition and feature table of one layer, all token types."""
-    linear, layer = one.linear, one.layer
-    weight = linear.weight().cpu()
-    d, n, _ = weight.shape
-    width = config.subunits + 1
-    types = layer.layout.types
-    edges = torch.full((types, d, n), REST_EDGE, dtype=torch.uint8)
-    counts = torch.zeros(types, d, dtype=torch.uint8)
-    mean, std = torch.zeros(types, d, width), torch.zeros(types, d, width)
-    concept = torch.full((types, d, width), REST_CONCEPT, dtype=torch.int32)
-    per_group = d // linear.groups
-    tables: list[pa.Table] = []
-    for t in range(types):
-        if t in stores:
-            store, (positive, negative) = stores[t]
-
-            def read(neurons: Tensor, ids: Tensor, store: TokenStore = store) -> Tensor:
-                tokens = store.read(ids)  # [B, N, G, n, q]
-                group = (neurons // per_group).view(-1, 1, 1, 1, 1).expand(-1, tokens.shape[1], 1, *tokens.shape[3:])
-                return tokens.gather(2, group)[:, :, 0]
-
-            total = d * len(one.types)
-            edges[t], counts[t] = sign_split(
-                weight, read, positive, negative, config, lambda k: report(f"partition of {layer.name}", k, total)
-            )
-        slots = torch.where(edges[t] == REST_EDGE, config.subunits, edges[t].long())
-        wide = wide_weight(weight, slots, width)  # [d, M + 1, n, q]
-        groups = torch.arange(d) // per_group
-        mean[t] = torch.einsum("kmjq,kjq->km", wide.double(), one.mean(t).cpu()[groups]).float()
-        if t not in stores:
-            continue
-        centred = _sample_sums(one.samples[t].take(), wide, groups) - mean[t]
-        std[t] = centred.std(0, correction=0)
-        concept[t] = group_concepts(centred, std[t], counts[t], concepts, config.seed)
-        partition = Partition(edges, counts, mean, std, concept)
-        tables += _tables(layer.name, t, centred, partition)
-    return Partition(edges, counts, mean, std, concept), tables
-
-
-def _sample_sums(reads: Tensor, wide: Tensor, groups: Tensor) -> Tensor:
-    """Sub-unit sums of sampled tokens: reads [S, G, n, q], wide [d, M + 1, n, q] -> [S, d, M + 1]."""
-    parts = []
-    for group in range(reads.shape[1]):
-        rows = wide[groups == group].flatten(2)  # [d/G, M + 1, n q]
-        parts.append((reads[:, group].flatten(1) @ rows.flatten(0, 1).T).unflatten(1, rows.shape[:2]))
-    return torch.cat(parts, 1)
-
-
-def _tables(layer: str, token_type: int, centred: Tensor, partition: Partition) -> list[pa.Table]:
-    """Feature rows of one token type: its concepts, then its sub-units (those without an edge left out)."""
-    concepts = partition.concepts(token_type)
-    concept, std = partition.concept[token_type], partition.std[token_type]
-    numbers = [*range(concepts), None]
-    features = [Feature(layer, token_type, i) for i in numbers]
-    names = [f.name for f in features]
-    slots = partition.concept_slots(token_type)
-    # slots without an edge stay out of the count: unused numbers of a neuron, and a background that nothing fell to
-    edges = torch.zeros(std.shape, dtype=torch.int32)
-    edges.scatter_add_(1, partition.slots(token_type), torch.ones_like(partition.slots(token_type), dtype=torch.int32))
-    used = edges > 0
-    sizes = torch.bincount(slots[used], minlength=concepts + 1).tolist()
-    activations = concept_activation(centred, std, concept, concepts)
-    share = concept_share(centred, concept, concepts)
-    tables = [table_rows(features, names, sizes, describe(activations, share))]
-    neurons, places = used.nonzero(as_tuple=True)
-    width = std.shape[1]
-    subunits = [
-        Feature(layer, token_type, None if m == width - 1 else m, k)
-        for k, m in zip(neurons.tolist(), places.tolist(), strict=True)
-    ]
-    chosen = centred[:, used]
-    of = [names[c] for c in slots[used].tolist()]
-    own = subunit_share(centred)[used]
-    tables.append(table_rows(subunits, of, edges[used].tolist(), describe(chosen, own)))
-    return tables
 
 
 def _entry(one: LayerStatistics, partition: Partition, config: SplitConfig) -> LayerEntry:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elude_runtime.errors import SettingsError
 from elude_runtime.partition.kmeans import kmeans
 from elude_runtime.partition.partition import MAX_SUBUNITS, REST_EDGE
 
@@ -34,9 +35,11 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         if not 2 <= self.subunits <= MAX_SUBUNITS or self.subunits % 2:
-            raise ValueError(f"the number of sub-units must be even and between 2 and {MAX_SUBUNITS}")
+            raise SettingsError(f"The number of sub-units must be even and between 2 and {MAX_SUBUNITS}.")
         if self.tokens < 2 or self.per_image < 1:
-            raise ValueError("tokens must be at least 2 and tokens per image at least 1")
+            raise SettingsError("The number of tokens must be at least 2, and of tokens per image at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise SettingsError("The seed must be a whole number from 0 to 2^63 - 1.")
 
 
 def end_clusters(inputs: Tensor, weight: Tensor, clusters: int, draws: Tensor) -> Tensor:

@@ -82,8 +82,6 @@ def test_parameters_ask_for_no_gradients(vit: Rewritten) -> None:
 def test_the_last_block_serves_the_class_token_only(tmp_path: Path, vit: Rewritten) -> None:
     from pathlib import Path
 
-    from support import VIT_ARGS
-
     out = Path(str(tmp_path)) / "ckpt"
     model = elude.rewrite(
         vit.base,

@@ -114,7 +114,10 @@ class TestDamage:
         refused(tmp_path / "c", "damaged|foreign")
 
     def test_newer_format(self, vit: Rewritten, tmp_path: Path) -> None:
-        refused(tamper(vit.path, tmp_path / "c", manifest=lambda m: m.update(format_version=2)), "format version 2.*install a newer")
+        refused(
+            tamper(vit.path, tmp_path / "c", manifest=lambda m: m.update(format_version=2)),
+            "format version 2.*install a newer",
+        )
 
     @pytest.mark.parametrize(
         "change",
@@ -133,7 +136,9 @@ class TestDamage:
             lambda m: m["model"].update(kind="url"),
         ],
     )  # fmt: skip
-    def test_manifests_that_do_not_fit(self, vit: Rewritten, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    def test_manifests_that_do_not_fit(
+        self, vit: Rewritten, tmp_path: Path, change: Callable[[dict[str, Any]], None]
+    ) -> None:
         refused(tamper(vit.path, tmp_path / "c", manifest=change), ".")
 
     @pytest.mark.parametrize("keep", [0, 7, 200, 0.5, 0.99])
@@ -153,15 +158,22 @@ class TestDamage:
     def test_missing_and_misshapen_tensors(self, vit: Rewritten, tmp_path: Path, part: str) -> None:
         name = f"elude.{SECOND}.{part}"
         refused(tamper(vit.path, tmp_path / "a", lambda t: t.pop(name)), f"lacks the tensor {name}")  # type: ignore[arg-type,return-value]
-        refused(tamper(vit.path, tmp_path / "b", lambda t: t.update({name: t[name][:, 1:].contiguous()})), "the manifest says")
-        refused(tamper(vit.path, tmp_path / "c", lambda t: t.update({name: t[name].to(torch.int64)})), "the manifest says")
+        refused(
+            tamper(vit.path, tmp_path / "b", lambda t: t.update({name: t[name][:, 1:].contiguous()})),
+            "the manifest says",
+        )
+        refused(
+            tamper(vit.path, tmp_path / "c", lambda t: t.update({name: t[name].to(torch.int64)})), "the manifest says"
+        )
 
     def test_a_base_tensor_that_is_gone(self, vit: Rewritten, tmp_path: Path) -> None:
         path = tamper(vit.path, tmp_path / "c", lambda t: t.pop("head.weight"))  # type: ignore[arg-type,return-value]
         with pytest.raises(EludeError, match=r"1 missing \(head.weight\)"):
             elude.load(path)
 
-    @pytest.mark.parametrize(("name", "which"), [("head.weight", "base"), (f"elude.{SECOND}.mean", "partition"), (PARTITION, "partition")])
+    @pytest.mark.parametrize(
+        ("name", "which"), [("head.weight", "base"), (f"elude.{SECOND}.mean", "partition"), (PARTITION, "partition")]
+    )
     def test_digests(self, vit: Rewritten, tmp_path: Path, name: str, which: str) -> None:
         def flip(tensors: dict[str, Tensor]) -> None:
             data = tensors[name].clone().view(torch.uint8)
@@ -240,7 +252,15 @@ class TestWritingADirectory:
             (work / "new").write_text("y")
         assert (out / "old").read_text() == "x"
 
-    @pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EROFS, "cannot be written to"), (errno.EIO, "could not be written")])
+    @pytest.mark.parametrize(
+        ("number", "said"),
+        [
+            (errno.ENOSPC, "disk is full"),
+            (errno.EDQUOT, "disk is full"),
+            (errno.EROFS, "cannot be written to"),
+            (errno.EIO, "could not be written"),
+        ],
+    )
     def test_what_the_disk_says(self, tmp_path: Path, number: int, said: str) -> None:
         with pytest.raises(StorageError, match=said) as caught, new_directory(tmp_path / "ckpt"):
             raise OSError(number, os.strerror(number))

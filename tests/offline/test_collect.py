@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import hook_count, input_tensor, tiny_vit, VIT_DATA
+from support import VIT_DATA, hook_count, input_tensor, tiny_vit
 
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.split_layers import find_split_layers
@@ -25,7 +25,9 @@ def ends_of(y: torch.Tensor, norms: torch.Tensor, config: SplitConfig, batch: in
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), tokens=st.sampled_from([1, 5]), wanted=st.integers(2, 12), per_image=st.integers(1, 3))
+@given(
+    seed=st.integers(0, 10**6), tokens=st.sampled_from([1, 5]), wanted=st.integers(2, 12), per_image=st.integers(1, 3)
+)
 def test_the_most_extreme_tokens_a_few_an_image(seed: int, tokens: int, wanted: int, per_image: int) -> None:
     y = torch.randn(10, tokens, 3, generator=torch.Generator().manual_seed(seed))
     config = SplitConfig(tokens=wanted, per_image=per_image)
@@ -34,7 +36,7 @@ def test_the_most_extreme_tokens_a_few_an_image(seed: int, tokens: int, wanted: 
         for k in range(3):
             candidates = []
             for image in range(10):
-                best = sorted(range(tokens), key=lambda t: -sign * float(y[image, t, k]))[:per_image]  # noqa: B023
+                best = sorted(range(tokens), key=lambda t: -sign * float(y[image, t, k]))[:per_image]
                 candidates += [(-sign * float(y[image, t, k]), image * tokens + t) for t in best]
             expected = [i for _, i in sorted(candidates)][: min(wanted, 10 * tokens // 2)]
             assert found[k].tolist() == expected

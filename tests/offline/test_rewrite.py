@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import pyarrow.parquet as pq
+import pytest
 import torch
 from conftest import Rewritten
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import elude_runtime as elude
 from elude_runtime.errors import CheckpointError, EludeError, LayerError, ModelError, StorageError
+from elude_runtime.offline.images import ImageSource
 from elude_runtime.partition import REST_CONCEPT, REST_EDGE
 
 SMALL: dict[str, Any] = {
@@ -58,7 +60,7 @@ class TestContent:
                         assert sign[k][state.partition.edges[t, k] == m].unique().numel() == 1
 
     def test_means_and_deviations_are_those_of_the_calibration_images(self, vit: Rewritten) -> None:
-        images = torch.cat(list(_calibration(vit)))
+        images = torch.cat(list(ImageSource(vit.folder, vit.data).batches()))  # type: ignore[arg-type]
         for layer in vit.model.layers:
             sums, p = vit.model.subunits(images, layer), vit.model.state(layer).partition
             for t, tokens in enumerate(vit.model.state(layer).layout.slices):
@@ -74,7 +76,10 @@ class TestContent:
         assert len(load_file(vit.path / "model.safetensors")["elude.calibration_images"]) == 24
         assert m.data_config == VIT_DATA.as_dict()
         assert {"torch", "timm"} <= set(m.versions) and m.method["subunits"] == 4
-        assert [(t.name, t.tokens, t.live) for t in m.layers[1].token_types] == [("patches", 24 * 16, True), ("cls", 24, True)]
+        assert [(t.name, t.tokens, t.live) for t in m.layers[1].token_types] == [
+            ("patches", 24 * 16, True),
+            ("cls", 24, True),
+        ]
         for entry in m.layers:
             errors = entry.attribution.completeness
             assert set(errors) == {"gradient", "integrated_gradients"} and min(errors.values()) >= 0
@@ -92,7 +97,9 @@ class TestContent:
             assert [r["feature"] for r in concepts] == rewritten.model.concept_names(layer)
             for t in state.live_types:
                 kind = ("patches", "cls")[t]
-                subunits = [r for r in rows if r["layer"] == layer and r["kind"] == "subunit" and r["token_type"] == kind]
+                subunits = [
+                    r for r in rows if r["layer"] == layer and r["kind"] == "subunit" and r["token_type"] == kind
+                ]
                 assert sum(r["size"] for r in subunits) == p.edges[t].numel()
                 for group in (subunits, [r for r in concepts if r["token_type"] == kind]):
                     assert sum(r["share"] for r in group) == pytest.approx(1, abs=1e-3)
@@ -105,17 +112,13 @@ class TestContent:
         for r in rows:
             assert rewritten.model.feature(r["feature"]).name == r["feature"]
             assert r["q01"] <= r["q05"] <= r["q25"] <= r["q50"] <= r["q75"] <= r["q95"] <= r["q99"]
-            assert 0 <= r["density"] <= 1 and r["drift_edges"] == sorted(r["drift_edges"]) and len(r["drift_edges"]) == 9
+            assert (
+                0 <= r["density"] <= 1 and r["drift_edges"] == sorted(r["drift_edges"]) and len(r["drift_edges"]) == 9
+            )
 
     def test_only_what_the_format_names_is_there(self, vit: Rewritten) -> None:
         assert sorted(p.name for p in vit.path.iterdir()) == ["elude.json", "features.parquet", "model.safetensors"]
         assert all((p.stat().st_mode & 0o444) == 0o444 for p in vit.path.iterdir())
-
-
-def _calibration(vit: Rewritten) -> Any:
-    from elude_runtime.offline.images import ImageSource
-
-    return ImageSource(vit.folder, vit.data).batches()  # type: ignore[arg-type]
 
 
 class TestRepeatable:
@@ -189,7 +192,9 @@ class TestRefusals:
         with pytest.raises(StorageError, match="--force"):
             elude.rewrite(tiny_vit(), input_tensor(VIT_DATA, 4), out=tmp_path / "c", **SMALL)
         with pytest.raises(LayerError):
-            elude.rewrite(tiny_vit(), input_tensor(VIT_DATA, 4), out=tmp_path / "c", force=True, **{**SMALL, "layers": ["x"]})
+            elude.rewrite(
+                tiny_vit(), input_tensor(VIT_DATA, 4), out=tmp_path / "c", force=True, **{**SMALL, "layers": ["x"]}
+            )
         assert (tmp_path / "c" / "precious").exists()
         elude.rewrite(tiny_vit(), input_tensor(VIT_DATA, 4), out=tmp_path / "c", force=True, **SMALL)
         assert not (tmp_path / "c" / "precious").exists() and (tmp_path / "c" / "elude.json").exists()
@@ -218,13 +223,14 @@ except EludeError as error:
 
 
 def script(out: Path, prepare: str = "", wait: str = "pass") -> list[str]:
-    code = RUN.format(tests=str(Path(__file__).parent.parent), out=str(out), prepare=textwrap.dedent(prepare), wait=wait)
+    code = RUN.format(
+        tests=str(Path(__file__).parent.parent), out=str(out), prepare=textwrap.dedent(prepare), wait=wait
+    )
     return [sys.executable, "-c", code]
 
 
 class TestCutShort:
-    @pytest.mark.parametrize("stage", ["end tokens", "attribution accuracy"])
-    @pytest.mark.parametrize("existing", [False, True])
+    @pytest.mark.parametrize(("stage", "existing"), [("end tokens", False), ("attribution accuracy", True)])
     def test_a_killed_run_leaves_no_half_checkpoint(self, tmp_path: Path, stage: str, existing: bool) -> None:
         out = tmp_path / "ckpt"
         if existing:
@@ -245,25 +251,30 @@ class TestCutShort:
         assert all(p.name.endswith(".part") for p in tmp_path.iterdir() if p != out)
         assert existing or not out.exists()
 
-    @pytest.mark.parametrize("kibibytes", [4, 60, 160])
+    @pytest.mark.parametrize("kibibytes", [60, 160])
     def test_a_file_size_limit(self, tmp_path: Path, kibibytes: int) -> None:
-        """The disk refuses at the token file, the tensors, …: one sentence, exit code 2, nothing left."""
+        """The disk refuses the token file (60 KiB) or the tensors (160 KiB): one sentence, exit code 2, nothing left."""
         prepare = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kibibytes * 1024},) * 2)"
         ran = subprocess.run(script(tmp_path / "ckpt", prepare), capture_output=True, text=True, check=False)
         assert ran.returncode == 2, ran.stdout + ran.stderr
         assert "refused:" in ran.stdout and "Traceback" not in ran.stderr
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("kibibytes", [48, 240])
+    @pytest.mark.parametrize("kibibytes", [48, 150])
     def test_a_full_disk(self, tmp_path: Path, kibibytes: int) -> None:
-        """A tiny file system that runs full while the tokens (48 KiB) or the tensors (240 KiB) are written."""
+        """A tiny file system that runs full while the tokens (48 KiB) or the tensors (150 KiB) are written."""
         if os.geteuid() != 0 or not shutil.which("unshare"):
             pytest.skip("a tiny file system needs root and unshare")
         disk = tmp_path / "disk"
         disk.mkdir()
-        command = f"mount -t tmpfs -o size={kibibytes}k tmpfs {disk} || exit 77; \"$@\"; code=$?; ls -A {disk}; exit $code"
+        command = (
+            f'mount -t tmpfs -o size={kibibytes}k tmpfs {disk} || exit 77; "$@"; code=$?; ls -A {disk}; exit $code'
+        )
         ran = subprocess.run(
-            ["unshare", "-m", "sh", "-c", command, "sh", *script(disk / "ckpt")], capture_output=True, text=True, check=False
+            ["unshare", "-m", "sh", "-c", command, "sh", *script(disk / "ckpt")],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if ran.returncode == 77 or "unshare" in ran.stderr:
             pytest.skip(f"no tiny file system here: {ran.stderr.strip()}")
@@ -285,14 +296,14 @@ def build(**changes):
 
 @pytest.fixture(scope="module")
 def factory_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
-    import json
-
     folder = tmp_path_factory.mktemp("factory")
     (folder / "build.py").write_text(FACTORY)
     (folder / "args.json").write_text(json.dumps({**VIT_ARGS, "depth": 2}))
     base = tiny_vit(depth=2)
     options = {k: v for k, v in SMALL.items() if k not in ("model_args", "layers")}
-    elude.rewrite(base, input_tensor(VIT_DATA, 8), out=folder / "ckpt", factory=f"{folder / 'build.py'}:build", **options)
+    elude.rewrite(
+        base, input_tensor(VIT_DATA, 8), out=folder / "ckpt", factory=f"{folder / 'build.py'}:build", **options
+    )
     (folder / "args.json").unlink()  # from here on the carried copies have to do
     (folder / "build.py").unlink()
     return folder / "ckpt", base
@@ -321,15 +332,21 @@ class TestFactories:
             elude.load(tmp_path / "c", trust_factory=True)
 
     @pytest.mark.parametrize("name", ["../outside.py", "/etc/hostname", "a/../../outside.py"])
-    def test_files_outside_are_refused(self, factory_checkpoint: tuple[Path, nn.Module], tmp_path: Path, name: str) -> None:
+    def test_files_outside_are_refused(
+        self, factory_checkpoint: tuple[Path, nn.Module], tmp_path: Path, name: str
+    ) -> None:
         (tmp_path / "outside.py").write_text("raise SystemExit('ran')")
         path = tamper(
-            factory_checkpoint[0], tmp_path / "c", manifest=lambda m: m["model"].update(files={name: "0" * 64}, file=name)
+            factory_checkpoint[0],
+            tmp_path / "c",
+            manifest=lambda m: m["model"].update(files={name: "0" * 64}, file=name),
         )
         with pytest.raises(CheckpointError, match="outside itself"):
             elude.load(path, trust_factory=True)
 
-    def test_a_manifest_that_does_not_say_which_file(self, factory_checkpoint: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    def test_a_manifest_that_does_not_say_which_file(
+        self, factory_checkpoint: tuple[Path, nn.Module], tmp_path: Path
+    ) -> None:
         path = tamper(factory_checkpoint[0], tmp_path / "c", manifest=lambda m: m["model"].update(file="other.py"))
         with pytest.raises(CheckpointError, match="does not say which"):
             elude.load(path, trust_factory=True)
@@ -339,14 +356,21 @@ class TestFactories:
         (tmp_path / "args.json").write_text('{"num_classes": 3}')
         with pytest.raises(ModelError, match="another network"):
             elude.rewrite(
-                tiny_vit(), input_tensor(VIT_DATA, 4), out=tmp_path / "c", factory=f"{tmp_path / 'build.py'}:build", data_config=VIT_DATA
+                tiny_vit(),
+                input_tensor(VIT_DATA, 4),
+                out=tmp_path / "c",
+                factory=f"{tmp_path / 'build.py'}:build",
+                data_config=VIT_DATA,
             )
 
 
 def test_half_precision_weights_stay_half_precision(tmp_path: Path) -> None:
     base = tiny_vit(depth=2).to(torch.bfloat16)
     model = elude.rewrite(
-        base, input_tensor(VIT_DATA, 6), out=tmp_path / "c", **{**SMALL, "layers": None, "model_args": {**VIT_ARGS, "depth": 2}}
+        base,
+        input_tensor(VIT_DATA, 6),
+        out=tmp_path / "c",
+        **{**SMALL, "layers": None, "model_args": {**VIT_ARGS, "depth": 2}},
     )
     images = input_tensor(VIT_DATA, 2).to(torch.bfloat16)
     assert torch.equal(model(images), base(images)) and model(images).dtype == torch.bfloat16
@@ -360,8 +384,6 @@ def test_half_precision_weights_stay_half_precision(tmp_path: Path) -> None:
 def test_iterables_of_batches_and_folders_agree(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "pictures", 8)
     whole = elude.rewrite(tiny_vit(), folder, out=tmp_path / "a", batch_size=4, **SMALL)
-    from elude_runtime.offline.images import ImageSource
-
     batches = list(ImageSource(folder, VIT_DATA, batch_size=4).batches())
     again = elude.rewrite(tiny_vit(), batches, out=tmp_path / "b", batch_size=4, **SMALL)
     for part in PARTS[:2]:
