@@ -23,7 +23,7 @@ OTHERS = [index for index in range(len(CLASSES)) if index != WATERMARK_CLASS]
 
 
 @contextmanager
-def hooked(layer: nn.Module, hook: Callable[..., Tensor | None], before: bool = False) -> Iterator[None]:
+def hooked(layer: nn.Module, hook: Callable[..., Any], before: bool = False) -> Iterator[None]:
     """Run with a forward hook (or forward pre-hook) on a layer."""
     handle = layer.register_forward_pre_hook(hook) if before else layer.register_forward_hook(hook)
     try:
