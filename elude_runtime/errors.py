@@ -48,7 +48,7 @@ class ServerError(EludeError):
 
 def closest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known names most like `name`, best first; at most `count`."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+    return difflib.get_close_matches(name[:200], list(known), n=count, cutoff=0.4)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -45,10 +45,10 @@ def parse_feature(name: str, layers: Iterable[str]) -> Feature:
     match = _PATTERN.fullmatch(name)
     if not match:
         example = f"{layers[0]}/P0" if layers else "LAYER/P0"
-        raise FeatureError(f"{name!r} is not a feature's name; names look like {example} or {example[:-2]}12/p3.")
+        raise FeatureError(f"{name[:80]!r} is not a feature's name; names look like {example} or {example[:-2]}12/p3.")
     if match["layer"] not in layers:
         hint = did_you_mean(match["layer"], layers) or f" It has {', '.join(layers)}."
-        raise FeatureError(f"The checkpoint has no split layer {match['layer']!r}.{hint}")
+        raise FeatureError(f"The checkpoint has no split layer {match['layer'][:80]!r}.{hint}")
     index = None if match["index"] == REST else int(match["index"])
     if match["neuron"] is None:
         return Feature(match["layer"], LETTERS.index(match["upper"].lower()), index)

@@ -63,7 +63,7 @@ class EludeModel(nn.Module):
         """One split layer. LayerError with the closest names when the checkpoint does not have it."""
         if layer not in self.states:
             hint = did_you_mean(layer, self.layers) or f" It has {', '.join(self.layers)}."
-            raise LayerError(f"The checkpoint has no split layer {layer!r}.{hint}")
+            raise LayerError(f"The checkpoint has no split layer {layer[:80]!r}.{hint}")
         return self.states[layer]
 
     def feature(self, name: str) -> Feature:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -47,7 +46,7 @@ class ServingConfig(BaseModel):
         for key in cls.model_fields:
             text = (os.environ if environment is None else environment).get(ENVIRONMENT_PREFIX + key.upper())
             if text is not None:
-                values[key] = _scalar(text)
+                values[key] = text  # pydantic reads "7" and "true" where the key is a number or a switch
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -58,11 +57,3 @@ class ServingConfig(BaseModel):
     def limits(self) -> dict[str, int]:
         """The keys that bound a request, as describe shows them."""
         return {k: v for k, v in self.model_dump().items() if k.startswith("max_")}
-
-
-def _scalar(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, bool | int) else text

@@ -151,7 +151,7 @@ class Engine:
         started = time.perf_counter()
         if route_of(row, self.config) == "describe":
             return Answered(200, JSON, _dumps(self.describe()))
-        intake = read_row(row, self.config)
+        intake = read_row(row, self.config, len(self.model.layers))
         request = intake.request
         expect = request.expect
         if expect is not None and expect.checkpoint_sha256 != self.info.checkpoint_sha256:

@@ -47,8 +47,8 @@ class Intake:
     image: Image.Image
 
 
-def read_row(row: Row, config: ServingConfig) -> Intake:
-    """Validate one request and decode its image. Raises Problem."""
+def read_row(row: Row, config: ServingConfig, layers: int) -> Intake:
+    """Validate one request to a checkpoint with that many split layers and decode its image. Raises Problem."""
     document, encoded = _documents(row, config)
     _refuse_later(document)
     if row.explain and isinstance(document, dict):
@@ -57,7 +57,7 @@ def read_row(row: Row, config: ServingConfig) -> Intake:
         request = Request.model_validate(document)
     except ValidationError as error:
         raise invalid_document(error) from error
-    _check_limits(request, config)
+    _check_limits(request, config, layers)
     if encoded is None:
         if request.image is None:
             raise Problem("invalid-document", "image: the request has no image.", at(["image"], "Field required"))
@@ -158,22 +158,25 @@ def _refuse_later(document: Any) -> None:
 
 
 def _later(what: str) -> Problem:
-    return Problem("not-implemented", f"This version does not have {what} yet; `describe` shows the schema it takes.")
+    return Problem(
+        "not-implemented", f"This version does not have {what[:100]} yet; `describe` shows the schema it takes."
+    )
 
 
-def _check_limits(request: Request, config: ServingConfig) -> None:
+def _check_limits(request: Request, config: ServingConfig, layers: int) -> None:
     explain: Explain | None = request.explain
     found: list[tuple[str, int, int]] = []
     if explain is not None:
+        explained = layers if explain.layers is None else len(explain.layers)
         targets = sum(getattr(t, "top", 1) for t in explain.targets)
         found += [
             ("explain.targets", targets, config.max_targets),
-            ("explain.layers", len(explain.layers or []), config.max_layers),
+            ("explain.layers", explained, config.max_layers),
             ("explain.top_features", explain.top_features, config.max_top_features),
             ("explain.steps", explain.steps, config.max_steps),
         ]
         if explain.method == "ablation":
-            ablations = targets * explain.top_features * max(1, len(explain.layers or []))
+            ablations = targets * explain.top_features * explained
             found.append(
                 ("explain.top_features times targets and layers, with ablation", ablations, config.max_ablations)
             )

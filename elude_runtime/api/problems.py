@@ -54,11 +54,17 @@ def at(loc: list[str | int], msg: str, suggestions: list[str] | None = None) -> 
 def invalid_document(error: ValidationError) -> Problem:
     """A failed validation. Values of the client are not echoed; at most 20 places are named."""
     errors = [
-        ProblemError(loc=_plain(e["loc"]), msg=e["msg"]) for e in error.errors(include_input=False, include_url=False)
+        ProblemError(loc=_plain(e["loc"]), msg=_short(e["msg"]))
+        for e in error.errors(include_input=False, include_url=False)
     ]
     first = errors[0]
     where = ".".join(map(str, first.loc)) or "the document"
     return Problem("invalid-document", f"{where}: {first.msg}.", errors[:20])
+
+
+def _short(message: str) -> str:
+    """A message that quotes the client, cut in the middle."""
+    return message if len(message) <= 300 else f"{message[:150]} … {message[-100:]}"
 
 
 def _plain(loc: tuple[Any, ...]) -> list[str | int]:

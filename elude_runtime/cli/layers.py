@@ -47,7 +47,7 @@ def layers(
             mark, layer.name, kind, str(layer.neurons), str(layer.inputs), tokens, layer.reason,
             style="bold green" if layer.default else None if layer.offered else "dim",
         )  # fmt: skip
-    Console().print(table)
+    Console(width=max(Console().width, 100)).print(table)
     print(
         f"\n{sum(layer.offered for layer in found)} of {len(found)} linear layers are offered for splitting"
         f"{'' if every else '; --all shows the others with the reason'}. "

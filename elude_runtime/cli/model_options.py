@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,6 +86,8 @@ def data_config(
     if input_size is not None:
         size = _numbers(input_size, "--input-size", (1, 3))
         size = (3.0, *(size * 2)) if len(size) == 1 else size
+        if any(v != int(v) for v in size):
+            raise EludeError(f"--input-size takes whole numbers, not {input_size!r}.")
     return DataConfig.of_model(
         model,
         input_size=size and tuple(int(v) for v in size),
@@ -125,6 +128,6 @@ def _numbers(text: str, option: str, counts: tuple[int, ...]) -> tuple[float, ..
         values = tuple(float(v) for v in text.split(","))
     except ValueError:
         values = ()
-    if len(values) not in counts:
+    if len(values) not in counts or not all(math.isfinite(v) for v in values):
         raise EludeError(f"{option} takes {' or '.join(map(str, counts))} numbers with commas, not {text!r}.")
     return values

@@ -16,6 +16,7 @@ from torch import Tensor
 from elude_runtime.errors import ImagesError, ImageTooLargeError, ModelError
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+MAX_RATIO = 100  # longer side over shorter: the shorter is scaled to the input's size, the longer with it
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit
 
 
@@ -116,6 +117,11 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if image.width * image.height > max_pixels:
             raise ImageTooLargeError(
                 f"The image has {image.width} x {image.height} pixels, the limit is {max_pixels}; send a smaller one."
+            )
+        if max(image.size) > MAX_RATIO * min(image.size):
+            raise ImageTooLargeError(
+                f"The image is {image.width} x {image.height}, and the longer side may be {MAX_RATIO} times the "
+                "shorter at most; crop it."
             )
         image.seek(0)
         upright = ImageOps.exif_transpose(image)

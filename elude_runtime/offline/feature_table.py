@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from elude_runtime.analysis.features import Feature
 from elude_runtime.checkpoint.storage import storage_error
+from elude_runtime.errors import CheckpointError
 from elude_runtime.network.tokens import TYPE_NAMES
 from elude_runtime.partition.concepts import QUANTILES, FeatureStatistics
 
@@ -71,4 +72,9 @@ def write_table(directory: Path, parts: list[pa.Table]) -> None:
 
 
 def read_table(directory: Path) -> pa.Table:
-    return pq.read_table(directory / TABLE)
+    """The feature table of a checkpoint. CheckpointError if it is missing or damaged."""
+    path = directory / TABLE
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path} is missing or damaged; copy it again, or make the checkpoint again.") from error

@@ -157,7 +157,9 @@ def rewrite_checkpoint(
     try:
         model = base.model.eval().requires_grad_(False).to(device)
     except RuntimeError as error:
-        raise SettingsError(f"There is no device {str(device)!r} here: {str(error).splitlines()[0]}") from error
+        raise SettingsError(
+            f"There is no device {str(device)!r} here; use cpu, or cuda where there is a GPU."
+        ) from error
     size = tuple(images.shape[1:]) if isinstance(images, Tensor) and images.dim() == 4 else None
     data = data_config or DataConfig.of_model(model, input_size=size)
     source = ImageSource(
