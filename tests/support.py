@@ -144,16 +144,23 @@ def state_of(module: nn.Module, layout: TokenLayout, partition: Partition, name:
     """A split layer outside any checkpoint."""
     conv = isinstance(module, nn.Conv2d)
     entry = LayerEntry(
-        name=name, kind="conv" if conv else "linear", neurons=module.weight.shape[0], inputs=module.weight.shape[1],
-        kernel=list(module.kernel_size) if conv else [], groups=module.groups if conv else 1,
-        subunits=partition.subunits, total=layout.total, prefix=layout.prefix,
+        name=name,
+        kind="conv" if conv else "linear",
+        neurons=module.weight.shape[0],
+        inputs=module.weight.shape[1],
+        kernel=list(module.kernel_size) if conv else [],
+        groups=module.groups if conv else 1,
+        subunits=partition.subunits,
+        total=layout.total,
+        prefix=layout.prefix,
         grid=list(layout.grid) if layout.grid else None,
         token_types=[
             TokenTypeEntry(name=("patches", "cls")[t], live=True, concepts=partition.concepts(t), tokens=1)  # type: ignore[arg-type]
             for t in range(layout.types)
         ],
-        follows="added to the stream", attribution=AttributionEntry(auto="gradient", completeness={}, images=0),
-    )  # fmt: skip
+        follows="added to the stream",
+        attribution=AttributionEntry(auto="gradient", completeness={}, images=0),
+    )
     return SplitState(entry, module, partition)
 
 

@@ -44,21 +44,13 @@ def demo(
 
 
 def _tell(console: Console, story: Story, report: Path) -> None:
-    worst = story.worst
-    group = f"'{worst[0]}' {'with' if worst[1] else 'without'} the watermark"
-    console.print(f"\n[bold]The network had learned the watermark.[/] Accuracy on {group}, the worst group:")
-    for name, accuracy, colour in (
-        ("default", story.before[worst], "yellow"),
-        ("watermark features ablated by the request", story.after[worst], "green"),
-    ):
-        bar = "█" * round(24 * accuracy) + "░" * (24 - round(24 * accuracy))
-        console.print(f"   [{colour}]{bar}[/] {accuracy:>4.0%}  {name}")
-    groups = [g for g in story.before if g != worst and not g[1]]
-    before, after = (sum(a[g] for g in groups) / len(groups) for a in (story.before, story.after))
-    same = "did not change" if story.unchanged_defaults else "[bold red]CHANGED[/]"
     console.print(
-        f"   Pictures without a watermark: {before:.0%} before, {after:.0%} after. Default predictions {same}."
+        "\n[bold]The network had learned the watermark.[/] Accuracy by default, and with it ablated by request:"
     )
+    for text, before, after in story.summary:
+        console.print(f"   {text:<36} {_bar(before, 'yellow')} {before:>4.0%}   {_bar(after, 'green')} {after:>4.0%}")
+    same = "did not change" if story.unchanged_defaults else "[bold red]CHANGED[/]"
+    console.print(f"   The default predictions in the same replies {same}.")
     for failure in story.failures:
         console.print(f"[bold red]Did not hold:[/] {failure}")
     console.print(f"\nThe pictures: open {report}    ({story.seconds:.0f} s)")
@@ -66,6 +58,11 @@ def _tell(console: Console, story: Story, report: Path) -> None:
     console.print(
         "Your own model:    elude layers MODEL, then elude rewrite MODEL --pretrained --images DIR --out CKPT"
     )
+
+
+def _bar(share: float, colour: str, width: int = 12) -> str:
+    filled = round(width * share)
+    return f"[{colour}]{'█' * filled}[/][dim]{'░' * (width - filled)}[/]"
 
 
 def _interrupt(_: int, __: FrameType | None) -> None:

@@ -71,9 +71,20 @@ class Story:
     failures: list[str] = field(default_factory=list)
 
     @property
-    def worst(self) -> tuple[str, bool]:
-        """The group with the lowest accuracy before anything was done."""
-        return min(self.before, key=lambda g: self.before[g])
+    def summary(self) -> list[tuple[str, float, float]]:
+        """(which pictures, accuracy by default, accuracy with the edits), the group that suffers most first."""
+        suspicious = CLASSES[WATERMARK_CLASS]
+        rows = [(f"worst of {len(self.before)} groups", min(self.before.values()), min(self.after.values()))]
+        for text, marked, is_class in (
+            ("other toys with the watermark", True, False),
+            ("other toys without", False, False),
+            (f"{suspicious}s with the watermark", True, True),
+            (f"{suspicious}s without", False, True),
+        ):
+            groups = [g for g in self.before if g[1] == marked and (g[0] == suspicious) == is_class]
+            means = [float(np.mean([accuracy[g] for g in groups])) for accuracy in (self.before, self.after)]
+            rows.append((text, means[0], means[1]))
+        return rows
 
 
 def run(out: Path, say: Report) -> Story:
@@ -152,7 +163,8 @@ def _questions(
     )
     if not story.unchanged_defaults:
         story.failures.append("steer: a default prediction changed")
-    if story.after[story.worst] <= story.before[story.worst]:
+    _, worst_before, worst_after = story.summary[0]
+    if worst_after <= worst_before:
         story.failures.append("steer: the worst group did not gain")
     say(f"steer: {len(groups)} pictures with {len(edits)} features ablated by the request")
 

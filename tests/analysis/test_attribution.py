@@ -1,4 +1,4 @@
-"""Attributions against Captum on the explicit form, against full passes with hooks, and against their own definitions."""
+"""Attributions against Captum on the explicit form, full passes with hooks, and their own definitions."""
 
 from __future__ import annotations
 

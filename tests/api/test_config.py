@@ -8,7 +8,9 @@ from elude_runtime.api.config import ConfigError, ServingConfig
 
 
 def test_environment_over_yaml_over_defaults() -> None:
-    made = ServingConfig.resolve({"max_edits": 3, "max_steps": 5}, {"ELUDE_MAX_EDITS": "7", "OTHER": "1", "ELUDE_TRUST_FACTORY": "true"})
+    made = ServingConfig.resolve(
+        {"max_edits": 3, "max_steps": 5}, {"ELUDE_MAX_EDITS": "7", "OTHER": "1", "ELUDE_TRUST_FACTORY": "true"}
+    )
     assert (made.max_edits, made.max_steps, made.trust_factory, made.device) == (7, 5, True, "auto")
     assert ServingConfig.resolve(None, {}) == ServingConfig()
     assert ServingConfig.resolve({}, {"ELUDE_EXPECTED_CHECKPOINT_SHA256": "123"}).expected_checkpoint_sha256 == "123"

@@ -15,14 +15,34 @@ from pydantic import ValidationError
 from elude_runtime.api.schema import JSONError, Prediction, Request, parse_json, shortest_float32
 
 FULL: dict[str, Any] = {
-    "id": "my-id:1.0_a", "expect": {"checkpoint_sha256": "00"}, "image": {"b64": "AA=="}, "top_k": 3,
+    "id": "my-id:1.0_a",
+    "expect": {"checkpoint_sha256": "00"},
+    "image": {"b64": "AA=="},
+    "top_k": 3,
     "explain": {
-        "targets": ["top1", {"top": 5}, 281, {"label": "tabby"}, {"index": 281, "versus": 282}, {"direction": [0.5, 1]}],
-        "method": "integrated_gradients", "steps": 8, "layers": ["a"], "level": "subunits", "top_features": 3, "sign": "negative",
+        "targets": [
+            "top1",
+            {"top": 5},
+            281,
+            {"label": "tabby"},
+            {"index": 281, "versus": 282},
+            {"direction": [0.5, 1]},
+        ],
+        "method": "integrated_gradients",
+        "steps": 8,
+        "layers": ["a"],
+        "level": "subunits",
+        "top_features": 3,
+        "sign": "negative",
         "heatmaps": "values",
     },
-    "steer": {"edits": [{"feature": "a/P1", "mode": "scale", "value": 0, "apply": {"tokens": "all"}}, {"feature": "a/P2", "mode": "ablate"}]},
-}  # fmt: skip
+    "steer": {
+        "edits": [
+            {"feature": "a/P1", "mode": "scale", "value": 0, "apply": {"tokens": "all"}},
+            {"feature": "a/P2", "mode": "ablate"},
+        ]
+    },
+}
 
 
 def changed(path: list[str | int], value: Any) -> dict[str, Any]:
@@ -43,28 +63,61 @@ def test_a_full_document_is_taken() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (["top_k"], "5"), (["top_k"], 5.0), (["top_k"], 0), (["top_k"], True), (["top_k"], None),
-        (["id"], ""), (["id"], "a b"), (["id"], "x" * 129), (["id"], "a\n"), (["id"], 7),
-        (["image"], "AA=="), (["image", "b64"], 3), (["image", "url"], "http://a"), (["colour"], 1),
-        (["expect"], {}), (["explain", "targets"], []), (["explain", "targets"], "top1"), (["explain", "targets", 0], "top2"),
-        (["explain", "targets", 0], -1), (["explain", "targets", 0], True), (["explain", "targets", 0], 1.0),
-        (["explain", "targets", 0], {"top": 0}), (["explain", "targets", 0], {"index": 1, "label": "a"}),
-        (["explain", "targets", 0], {"direction": ["1"]}), (["explain", "targets", 0], {"direction": [float("nan")]}),
-        (["explain", "method"], "lime"), (["explain", "steps"], 0), (["explain", "level"], "neurons"), (["explain", "sign"], 1),
-        (["explain", "layers"], "a"), (["explain", "heatmaps"], True), (["explain", "top_features"], "10"),
-        (["steer", "edits"], []), (["steer", "edits"], {}), (["steer", "edits", 0, "mode"], "explode"), (["steer", "edits", 0, "mode"], 3),
-        (["steer", "edits", 0, "value"], "0"), (["steer", "edits", 0, "value"], float("inf")), (["steer", "edits", 0, "value"], None),
-        (["steer", "edits", 0, "value"], True), (["steer", "edits", 1, "value"], 0.0), (["steer", "edits", 0, "feature"], 1),
-        (["steer", "edits", 0, "apply"], {"tokens": "cls"}), (["steer", "extra"], 1),
+        (["top_k"], "5"),
+        (["top_k"], 5.0),
+        (["top_k"], 0),
+        (["top_k"], True),
+        (["top_k"], None),
+        (["id"], ""),
+        (["id"], "a b"),
+        (["id"], "x" * 129),
+        (["id"], "a\n"),
+        (["id"], 7),
+        (["image"], "AA=="),
+        (["image", "b64"], 3),
+        (["image", "url"], "http://a"),
+        (["colour"], 1),
+        (["expect"], {}),
+        (["explain", "targets"], []),
+        (["explain", "targets"], "top1"),
+        (["explain", "targets", 0], "top2"),
+        (["explain", "targets", 0], -1),
+        (["explain", "targets", 0], True),
+        (["explain", "targets", 0], 1.0),
+        (["explain", "targets", 0], {"top": 0}),
+        (["explain", "targets", 0], {"index": 1, "label": "a"}),
+        (["explain", "targets", 0], {"direction": ["1"]}),
+        (["explain", "targets", 0], {"direction": [float("nan")]}),
+        (["explain", "method"], "lime"),
+        (["explain", "steps"], 0),
+        (["explain", "level"], "neurons"),
+        (["explain", "sign"], 1),
+        (["explain", "layers"], "a"),
+        (["explain", "heatmaps"], True),
+        (["explain", "top_features"], "10"),
+        (["steer", "edits"], []),
+        (["steer", "edits"], {}),
+        (["steer", "edits", 0, "mode"], "explode"),
+        (["steer", "edits", 0, "mode"], 3),
+        (["steer", "edits", 0, "value"], "0"),
+        (["steer", "edits", 0, "value"], float("inf")),
+        (["steer", "edits", 0, "value"], None),
+        (["steer", "edits", 0, "value"], True),
+        (["steer", "edits", 1, "value"], 0.0),
+        (["steer", "edits", 0, "feature"], 1),
+        (["steer", "edits", 0, "apply"], {"tokens": "cls"}),
+        (["steer", "extra"], 1),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_nothing_is_coerced_or_ignored(path: list[str | int], value: Any) -> None:
     with pytest.raises(ValidationError):
         Request.model_validate(changed(path, value))
 
 
-@pytest.mark.parametrize("missing", [["steer", "edits", 0, "feature"], ["steer", "edits", 0, "mode"], ["steer", "edits", 0, "value"]])
+@pytest.mark.parametrize(
+    "missing", [["steer", "edits", 0, "feature"], ["steer", "edits", 0, "mode"], ["steer", "edits", 0, "value"]]
+)
 def test_nothing_is_guessed(missing: list[str | int]) -> None:
     made = json.loads(json.dumps(FULL))
     del made["steer"]["edits"][0][missing[-1]]
@@ -75,14 +128,27 @@ def test_nothing_is_guessed(missing: list[str | int]) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b"", "not JSON"), (b"{", "not JSON"), (b"{'a': 1}", "not JSON"), (b'{"a": 1,}', "not JSON"), (b"\xff\xfe{}", "UTF-8"), (b'{"a": 1} x', "not JSON"),
-        (b'{"a": 1, "a": 1}', "'a' stands twice"), (b'{"b": [{"a": 1, "c": 2, "a": 3}]}', "'a' stands twice"), (b'{"a": 1, "\\u0061": 2}', "twice"),
-        (b'{"a": NaN}', "NaN"), (b"[Infinity]", "Infinity"), (b"[-Infinity]", "Infinity"), (b"[1e400]", "too large"), (b"[-1e999]", "too large"),
-        (b"[" * 9 + b"]" * 9, "deeper than 8"), (b'{"a":' * 9 + b"1" + b"}" * 9, "deeper than 8"), (b"[" * 200_000, "deeper than 8"),
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"{'a': 1}", "not JSON"),
+        (b'{"a": 1,}', "not JSON"),
+        (b"\xff\xfe{}", "UTF-8"),
+        (b'{"a": 1} x', "not JSON"),
+        (b'{"a": 1, "a": 1}', "'a' stands twice"),
+        (b'{"b": [{"a": 1, "c": 2, "a": 3}]}', "'a' stands twice"),
+        (b'{"a": 1, "\\u0061": 2}', "twice"),
+        (b'{"a": NaN}', "NaN"),
+        (b"[Infinity]", "Infinity"),
+        (b"[-Infinity]", "Infinity"),
+        (b"[1e400]", "too large"),
+        (b"[-1e999]", "too large"),
+        (b"[" * 9 + b"]" * 9, "deeper than 8"),
+        (b'{"a":' * 9 + b"1" + b"}" * 9, "deeper than 8"),
+        (b"[" * 200_000, "deeper than 8"),
         (b"[" + b"9" * 5000 + b"]", "not JSON"),
     ],
     ids=lambda v: repr(v[:18]),
-)  # fmt: skip
+)
 def test_what_is_no_json_for_us(body: bytes, said: str) -> None:
     with pytest.raises(JSONError, match=said) as caught:
         parse_json(body, 8)
@@ -96,9 +162,14 @@ def test_brackets_in_strings_are_no_nesting() -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**15), 10**15) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8,
-)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**15), 10**15)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @given(JSON)

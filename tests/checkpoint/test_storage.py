@@ -1,4 +1,4 @@
-"""The checkpoint directory: there and back, everything that can be wrong with it, and writing it whole or not at all."""
+"""The checkpoint directory: there and back, all that can be wrong with it, and writing it whole or not at all."""
 
 from __future__ import annotations
 
@@ -57,9 +57,12 @@ def test_there_and_back(vit: Rewritten) -> None:
 def test_tensors_have_the_names_and_types_of_the_interface(vit: Rewritten) -> None:
     stored = load_file(vit.path / "model.safetensors")
     shapes = {
-        "partition": (torch.uint8, (2, 32, 128)), "subunits": (torch.uint8, (2, 32)), "mean": (torch.float32, (2, 32, 5)),
-        "std": (torch.float32, (2, 32, 5)), "concept": (torch.uint16, (2, 32, 5)),
-    }  # fmt: skip
+        "partition": (torch.uint8, (2, 32, 128)),
+        "subunits": (torch.uint8, (2, 32)),
+        "mean": (torch.float32, (2, 32, 5)),
+        "std": (torch.float32, (2, 32, 5)),
+        "concept": (torch.uint16, (2, 32, 5)),
+    }
     for part, (dtype, shape) in shapes.items():
         tensor = stored[f"elude.{SECOND}.{part}"]
         assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape)
@@ -77,8 +80,13 @@ def test_the_identity_is_the_hash_of_the_canonical_manifest(vit: Rewritten) -> N
 def test_digests_see_names_types_shapes_and_bytes() -> None:
     tensor = torch.arange(6.0)
     variants: list[dict[str, Tensor]] = [
-        {"a": tensor}, {"b": tensor}, {"a": tensor.reshape(2, 3)}, {"a": tensor.view(torch.int32)}, {"a": -tensor}, {"a": tensor, "b": torch.empty(0)},
-    ]  # fmt: skip
+        {"a": tensor},
+        {"b": tensor},
+        {"a": tensor.reshape(2, 3)},
+        {"a": tensor.view(torch.int32)},
+        {"a": -tensor},
+        {"a": tensor, "b": torch.empty(0)},
+    ]
     assert len({tensors_sha256(v) for v in variants}) == len(variants)
     assert tensors_sha256({"a": tensor, "b": -tensor}) == tensors_sha256({"b": -tensor, "a": tensor.clone()})
     assert tensors_sha256({"a": torch.arange(12.0)[::2]}) == tensors_sha256({"a": torch.arange(12.0)[::2].contiguous()})
@@ -105,9 +113,21 @@ class TestDamage:
         refused(tmp_path, "is not an ELUDe checkpoint")
 
     @pytest.mark.parametrize(
-        "text", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b"3", b"{}", b'{"format_version": "1"}', b"[" * 100_000, b'{"format_version": true}'],
+        "text",
+        [
+            b"",
+            b"{",
+            b"\xff\xfe\x00",
+            b"[]",
+            b"null",
+            b"3",
+            b"{}",
+            b'{"format_version": "1"}',
+            b"[" * 100_000,
+            b'{"format_version": true}',
+        ],
         ids=lambda t: repr(t[:20]),
-    )  # fmt: skip
+    )
     def test_damaged_manifest(self, vit: Rewritten, tmp_path: Path, text: bytes) -> None:
         shutil.copytree(vit.path, tmp_path / "c")
         (tmp_path / "c" / "elude.json").write_bytes(text)

@@ -1,4 +1,4 @@
-"""The offline commands: layers, rewrite, verify, inspect; exit codes; one sentence for whatever a user can put right."""
+"""The offline commands: layers, rewrite, verify, inspect; exit codes; one sentence for what a user can put right."""
 
 from __future__ import annotations
 
@@ -21,7 +21,18 @@ import elude_runtime as elude
 from elude_runtime.cli import main
 
 MODEL_ARGS = [part for name, value in VIT_ARGS.items() for part in ("--model-arg", f"{name}={value}")]
-CONFIG = ["--input-size", "3,32,32", "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--crop-pct", "0.9", "--interpolation", "bicubic"]
+CONFIG = [
+    "--input-size",
+    "3,32,32",
+    "--mean",
+    "0.5,0.5,0.5",
+    "--std",
+    "0.5,0.5,0.5",
+    "--crop-pct",
+    "0.9",
+    "--interpolation",
+    "bicubic",
+]
 QUICK = ["--subunits", "4", "--concepts", "4", "--tokens", "10", "--batch-size", "8"]
 
 
@@ -101,22 +112,46 @@ class TestLayers:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["--model-arg", "depth"], "NAME=VALUE"), (["--model-arg", "colour=red"], "could not be built"), (["--model-arg", "depth=three"], "could not be built"),
-            (["--input-size", "a"], "--input-size"), (["--input-size", "3,32"], "--input-size"), (["--input-size", "nan"], "input"), (["--input-size", "0"], "input size"),
-            (["--input-size", "3,1e400,5"], "input"), (["--input-size", "33"], "33"), (["--model-factory", "x.py:f"], "--model-factory"),
+            (["--model-arg", "depth"], "NAME=VALUE"),
+            (["--model-arg", "colour=red"], "could not be built"),
+            (["--model-arg", "depth=three"], "could not be built"),
+            (["--input-size", "a"], "--input-size"),
+            (["--input-size", "3,32"], "--input-size"),
+            (["--input-size", "nan"], "input"),
+            (["--input-size", "0"], "input size"),
+            (["--input-size", "3,1e400,5"], "input"),
+            (["--input-size", "33"], "33"),
+            (["--model-factory", "x.py:f"], "--model-factory"),
             (["--weights", "/nowhere.pth"], "is not there"),
         ],
         ids=str,
-    )  # fmt: skip
+    )
     def test_bad_options(self, run: Run, arguments: list[str], said: str) -> None:
         refused(run("layers", VIT, *MODEL_ARGS, *arguments), said)
 
 
 class TestRewrite:
-    def test_a_checkpoint_is_made_verified_and_looked_at(self, run: Run, tmp_path: Path, pictures: Path, weights: Path, vit: Rewritten) -> None:
+    def test_a_checkpoint_is_made_verified_and_looked_at(
+        self, run: Run, tmp_path: Path, pictures: Path, weights: Path, vit: Rewritten
+    ) -> None:
         out, labels = tmp_path / "ckpt", tmp_path / "labels.txt"
         labels.write_text("\n".join(LABELS) + "\n")
-        made = run("rewrite", VIT, *MODEL_ARGS, "--weights", weights, "--images", pictures, "--out", out, "--labels", labels, "--layers", SECOND, *QUICK)
+        made = run(
+            "rewrite",
+            VIT,
+            *MODEL_ARGS,
+            "--weights",
+            weights,
+            "--images",
+            pictures,
+            "--out",
+            out,
+            "--labels",
+            labels,
+            "--layers",
+            SECOND,
+            *QUICK,
+        )
         assert made.code == 0, made.err
         assert "24 images" in made.out and "4 concepts on patches" in made.out and "random" not in made.err
         model = elude.load(out)
@@ -135,7 +170,22 @@ class TestRewrite:
         assert run("inspect", out, one["members"][0]).code == 0
 
     def test_json_and_random_weights(self, run: Run, tmp_path: Path, pictures: Path) -> None:
-        made = run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", tmp_path / "c", "--max-images", 6, "--seed", 4, "--json", *QUICK, *CONFIG)
+        made = run(
+            "rewrite",
+            VIT,
+            *MODEL_ARGS,
+            "--images",
+            pictures,
+            "--out",
+            tmp_path / "c",
+            "--max-images",
+            6,
+            "--seed",
+            4,
+            "--json",
+            *QUICK,
+            *CONFIG,
+        )
         assert made.code == 0 and "random" in made.err
         assert made.document["skipped"] == [] and made.document["layers"][0]["name"] == SECOND
         model = elude.load(tmp_path / "c")
@@ -146,7 +196,9 @@ class TestRewrite:
         folder = write_pictures(tmp_path / "pictures", 6)
         (folder / "bad.png").write_bytes(b"not an image")
         ran = run("rewrite", VIT, *MODEL_ARGS, "--images", folder, "--out", tmp_path / "c", *QUICK)
-        assert ran.code == 0 and "bad.png" in ran.err.replace("\n", "") and "skipped" in ran.err and "6 images" in ran.out
+        assert (
+            ran.code == 0 and "bad.png" in ran.err.replace("\n", "") and "skipped" in ran.err and "6 images" in ran.out
+        )
         ran = run("rewrite", VIT, *MODEL_ARGS, "--images", folder, "--out", tmp_path / "d", "--json", *QUICK)
         assert [Path(s["file"]).name for s in ran.document["skipped"]] == ["bad.png"]
 
@@ -154,28 +206,59 @@ class TestRewrite:
         out = tmp_path / "c"
         out.mkdir()
         (out / "precious").write_text("x")
-        refused(run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", out, *QUICK), "already there", "--force")
+        refused(
+            run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", out, *QUICK), "already there", "--force"
+        )
         assert [p.name for p in out.iterdir()] == ["precious"]
-        assert run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", out, "--force", "--max-images", 4, *QUICK).code == 0
+        assert (
+            run(
+                "rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", out, "--force", "--max-images", 4, *QUICK
+            ).code
+            == 0
+        )
         assert (out / "elude.json").is_file() and not (out / "precious").exists()
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["--layers", "blocks.1.mlp.fc3"], "Did you mean"), (["--layers", "blocks.1.mlp.fc1"], "not offered"), (["--subunits", "3"], "even"),
-            (["--subunits", "1000"], "254"), (["--tokens", "1"], "at least 2"), (["--images", "/nowhere"], "is not there"), (["--mean", "1,2"], "--mean"),
-            (["--mean", "nan,0,0"], ""), (["--std", "0,1,1"], "std above zero"), (["--crop-pct", "0"], "crop_pct"), (["--crop-pct", "nan"], "crop_pct"),
-            (["--crop-mode", "left"], "crop_mode"), (["--interpolation", "nonsense"], "interpolation"), (["--input-size", "33"], "33"),
-            (["--device", "warp"], "warp"), (["--seed", str(10**30)], "seed"), (["--labels", "/nowhere.txt"], "labels"), (["--weights", "/nowhere.pt"], "is not there"),
+            (["--layers", "blocks.1.mlp.fc3"], "Did you mean"),
+            (["--layers", "blocks.1.mlp.fc1"], "not offered"),
+            (["--subunits", "3"], "even"),
+            (["--subunits", "1000"], "254"),
+            (["--tokens", "1"], "at least 2"),
+            (["--images", "/nowhere"], "is not there"),
+            (["--mean", "1,2"], "--mean"),
+            (["--mean", "nan,0,0"], ""),
+            (["--std", "0,1,1"], "std above zero"),
+            (["--crop-pct", "0"], "crop_pct"),
+            (["--crop-pct", "nan"], "crop_pct"),
+            (["--crop-mode", "left"], "crop_mode"),
+            (["--interpolation", "nonsense"], "interpolation"),
+            (["--input-size", "33"], "33"),
+            (["--device", "warp"], "warp"),
+            (["--seed", str(10**30)], "seed"),
+            (["--labels", "/nowhere.txt"], "labels"),
+            (["--weights", "/nowhere.pt"], "is not there"),
         ],
         ids=str,
-    )  # fmt: skip
+    )
     def test_bad_input(self, run: Run, tmp_path: Path, pictures: Path, arguments: list[str], said: str) -> None:
-        refused(run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", tmp_path / "c", *QUICK, *arguments), said)
+        refused(
+            run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", tmp_path / "c", *QUICK, *arguments), said
+        )
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
-        "arguments", [["--concepts", "0"], ["--concepts", "70000"], ["--batch-size", "0"], ["--max-images", "0"], ["--subunits", "x"], ["--workers", "-1"]], ids=str
+        "arguments",
+        [
+            ["--concepts", "0"],
+            ["--concepts", "70000"],
+            ["--batch-size", "0"],
+            ["--max-images", "0"],
+            ["--subunits", "x"],
+            ["--workers", "-1"],
+        ],
+        ids=str,
     )
     def test_numbers_out_of_range(self, run: Run, tmp_path: Path, pictures: Path, arguments: list[str]) -> None:
         ran = run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", tmp_path / "c", *QUICK, *arguments)
@@ -188,7 +271,11 @@ class TestRewrite:
         (empty / "notes.txt").write_text("x")
         refused(run("rewrite", VIT, *MODEL_ARGS, "--images", empty, "--out", tmp_path / "c", *QUICK), "holds no images")
         (empty / "bad.png").write_text("x")
-        refused(run("rewrite", VIT, *MODEL_ARGS, "--images", empty, "--out", tmp_path / "c", *QUICK), "None of the 1 images", "bad.png")
+        refused(
+            run("rewrite", VIT, *MODEL_ARGS, "--images", empty, "--out", tmp_path / "c", *QUICK),
+            "None of the 1 images",
+            "bad.png",
+        )
         assert not (tmp_path / "c").exists()
 
     def test_weights_that_do_not_fit(self, run: Run, tmp_path: Path, pictures: Path, weights: Path) -> None:
@@ -196,18 +283,58 @@ class TestRewrite:
         tensors.pop("norm.bias")
         save_file(tensors, tmp_path / "less.safetensors")
         common = ["--images", pictures, "--out", tmp_path / "c", *QUICK]
-        refused(run("rewrite", VIT, *MODEL_ARGS, "--weights", tmp_path / "less.safetensors", *common), "1 missing (norm.bias)")
-        refused(run("rewrite", VIT, *MODEL_ARGS, "--model-arg", "num_classes=9", "--weights", weights, *common), "of another shape (head")
+        refused(
+            run("rewrite", VIT, *MODEL_ARGS, "--weights", tmp_path / "less.safetensors", *common),
+            "1 missing (norm.bias)",
+        )
+        refused(
+            run("rewrite", VIT, *MODEL_ARGS, "--model-arg", "num_classes=9", "--weights", weights, *common),
+            "of another shape (head",
+        )
         (tmp_path / "junk.safetensors").write_bytes(b"junk")
-        refused(run("rewrite", VIT, *MODEL_ARGS, "--weights", tmp_path / "junk.safetensors", *common), "cannot be read as weights")
+        refused(
+            run("rewrite", VIT, *MODEL_ARGS, "--weights", tmp_path / "junk.safetensors", *common),
+            "cannot be read as weights",
+        )
 
     def test_labels_that_do_not_fit(self, run: Run, tmp_path: Path, pictures: Path) -> None:
         labels = tmp_path / "labels.json"
-        for text, said in (('["a", "b"]', "names 2 classes, the model has 7"), ("{", "cannot be read"), ('[{"index": 1, "label": "a"}]', "do not number")):
+        for text, said in (
+            ('["a", "b"]', "names 2 classes, the model has 7"),
+            ("{", "cannot be read"),
+            ('[{"index": 1, "label": "a"}]', "do not number"),
+        ):
             labels.write_text(text)
-            refused(run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", tmp_path / "c", "--labels", labels, *QUICK), said)
+            refused(
+                run(
+                    "rewrite",
+                    VIT,
+                    *MODEL_ARGS,
+                    "--images",
+                    pictures,
+                    "--out",
+                    tmp_path / "c",
+                    "--labels",
+                    labels,
+                    *QUICK,
+                ),
+                said,
+            )
         labels.write_text(json.dumps([{"index": i, "name": n} for i, n in reversed(list(enumerate(LABELS)))]))
-        ran = run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", tmp_path / "c", "--labels", labels, "--max-images", 4, *QUICK)
+        ran = run(
+            "rewrite",
+            VIT,
+            *MODEL_ARGS,
+            "--images",
+            pictures,
+            "--out",
+            tmp_path / "c",
+            "--labels",
+            labels,
+            "--max-images",
+            4,
+            *QUICK,
+        )
         assert ran.code == 0 and elude.load(tmp_path / "c").manifest.labels == LABELS
 
 
@@ -215,11 +342,27 @@ class TestFactory:
     @pytest.fixture
     def factory(self, tmp_path: Path) -> str:
         (tmp_path / "code").mkdir()
-        (tmp_path / "code" / "build.py").write_text(f"import timm\ndef make(**changes):\n    return timm.create_model({VIT!r}, **{{**{VIT_ARGS!r}, **changes}})\n")
+        (tmp_path / "code" / "build.py").write_text(
+            f"import timm\n\nARGS = {VIT_ARGS!r}\n\n"
+            f"def make(**changes):\n    return timm.create_model({VIT!r}, **{{**ARGS, **changes}})\n"
+        )
         return f"{tmp_path / 'code' / 'build.py'}:make"
 
     def test_rewrite_and_verify(self, run: Run, tmp_path: Path, pictures: Path, factory: str, weights: Path) -> None:
-        made = run("rewrite", "--model-factory", factory, "--weights", weights, "--images", pictures, "--out", tmp_path / "c", "--max-images", 8, *QUICK)
+        made = run(
+            "rewrite",
+            "--model-factory",
+            factory,
+            "--weights",
+            weights,
+            "--images",
+            pictures,
+            "--out",
+            tmp_path / "c",
+            "--max-images",
+            8,
+            *QUICK,
+        )
         assert made.code == 0, made.err
         base = ["--model-factory", factory, "--weights", weights, "--images", pictures, "--max-images", 8]
         refused(run("verify", tmp_path / "c", *base), "carries code", "--trust-factory")
@@ -232,7 +375,10 @@ class TestFactory:
         refused(run("rewrite", "--model-factory", named, "--images", pictures, "--out", tmp_path / "c", *QUICK))
 
     def test_both_a_model_and_a_factory(self, run: Run, tmp_path: Path, pictures: Path, factory: str) -> None:
-        refused(run("rewrite", VIT, "--model-factory", factory, "--images", pictures, "--out", tmp_path / "c"), "one or the other")
+        refused(
+            run("rewrite", VIT, "--model-factory", factory, "--images", pictures, "--out", tmp_path / "c"),
+            "one or the other",
+        )
 
 
 def _bit(tensors: dict[str, Tensor]) -> None:
@@ -290,7 +436,9 @@ class TestVerify:
 
     def test_the_base_model_of_another_shape(self, run: Run, vit: Rewritten, tmp_path: Path) -> None:
         shutil.copytree(vit.path, tmp_path / "c")
-        ran = run("verify", tmp_path / "c", "--base", VIT, *MODEL_ARGS, "--model-arg", "depth=2", "--images", vit.folder)
+        ran = run(
+            "verify", tmp_path / "c", "--base", VIT, *MODEL_ARGS, "--model-arg", "depth=2", "--images", vit.folder
+        )
         assert ran.code in (1, 2) and "Traceback" not in ran.err
 
 

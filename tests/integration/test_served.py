@@ -85,7 +85,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, files: list[Path]) -> Itera
     """Both networks rewritten, archived and behind one TorchServe, with as many threads as this process."""
     folder = tmp_path_factory.mktemp("served")
     settings = folder / "model-config.yaml"
-    settings.write_text(f"minWorkers: 1\nmaxWorkers: 1\nbatchSize: {BATCH}\nmaxBatchDelay: 1500\nresponseTimeout: 120\n")
+    settings.write_text(
+        f"minWorkers: 1\nmaxWorkers: 1\nbatchSize: {BATCH}\nmaxBatchDelay: 1500\nresponseTimeout: 120\n"
+    )
     configs = json.loads((SHARED / "weights" / "data_configs.json").read_text())
     for name in NETWORKS:
         weights = SHARED / "weights" / f"{name}.safetensors"

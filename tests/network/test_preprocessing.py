@@ -47,9 +47,14 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     marked = Image.new("RGB", (32, 16))
     marked.paste((250, 0, 0), (0, 0, 16, 8))  # red where people see the top left
     undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
-    }  # fmt: skip
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
     stored = marked.transpose(undo[orientation]) if orientation > 1 else marked
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -197,12 +202,25 @@ def test_timms_configuration_with_values_over_it() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"crop_pct": 0}, {"crop_pct": float("nan")}, {"crop_pct": 3}, {"crop_pct": "much"}, {"crop_mode": "left"}, {"std": [0, 1, 1]},
-        {"std": [float("nan"), 1, 1]}, {"mean": [float("nan"), 0, 0]}, {"mean": [0.5, 0.5]}, {"mean": 0.5}, {"input_size": [1, 32, 32]},
-        {"input_size": [3, 32]}, {"input_size": [3, 0, 32]}, {"input_size": []}, {"interpolation": "nonsense"}, {"colour": "red"},
+        {"crop_pct": 0},
+        {"crop_pct": float("nan")},
+        {"crop_pct": 3},
+        {"crop_pct": "much"},
+        {"crop_mode": "left"},
+        {"std": [0, 1, 1]},
+        {"std": [float("nan"), 1, 1]},
+        {"mean": [float("nan"), 0, 0]},
+        {"mean": [0.5, 0.5]},
+        {"mean": 0.5},
+        {"input_size": [1, 32, 32]},
+        {"input_size": [3, 32]},
+        {"input_size": [3, 0, 32]},
+        {"input_size": []},
+        {"interpolation": "nonsense"},
+        {"colour": "red"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_impossible_configurations_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ModelError) as caught:
         DataConfig.parse({**VIT_DATA.as_dict(), **changes})

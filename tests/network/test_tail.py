@@ -172,7 +172,7 @@ def test_a_users_own_forward_is_put_back() -> None:
 
 
 def test_replayed_outputs_are_never_changed_in_place() -> None:
-    model, runner, images = network("resnet")
+    _model, runner, images = network("resnet")
     layer = CASES["resnet"][0]
     recording = runner.record(images, [layer])
     kept = {n: [t.clone() for t in calls] for n, calls in recording.outputs.items()}

@@ -214,8 +214,10 @@ def progress(stage, done, total):
     print(stage, flush=True)
     {wait}
 try:
-    elude.rewrite(tiny_vit(), input_tensor(VIT_DATA, 12), out={out!r}, layers=["blocks.1.mlp.fc2"], subunits=4, concepts=4, tokens=40,
-                  data_config=VIT_DATA, model_args=VIT_ARGS, batch_size=4, force=True, progress=progress)
+    elude.rewrite(
+        tiny_vit(), input_tensor(VIT_DATA, 12), out={out!r}, layers=["blocks.1.mlp.fc2"], subunits=4, concepts=4,
+        tokens=40, data_config=VIT_DATA, model_args=VIT_ARGS, batch_size=4, force=True, progress=progress,
+    )
 except EludeError as error:
     print("refused:", error, flush=True)
     sys.exit(2)
@@ -253,7 +255,7 @@ class TestCutShort:
 
     @pytest.mark.parametrize("kibibytes", [60, 160])
     def test_a_file_size_limit(self, tmp_path: Path, kibibytes: int) -> None:
-        """The disk refuses the token file (60 KiB) or the tensors (160 KiB): one sentence, exit code 2, nothing left."""
+        """The disk refuses the token file (60 KiB) or the tensors (160 KiB): one sentence, exit 2, nothing left."""
         prepare = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kibibytes * 1024},) * 2)"
         ran = subprocess.run(script(tmp_path / "ckpt", prepare), capture_output=True, text=True, check=False)
         assert ran.returncode == 2, ran.stdout + ran.stderr

@@ -139,9 +139,15 @@ class TestPlantedFaults:
 
     @pytest.mark.parametrize(
         "config",
-        [{"crop_pct": 0.85}, {"interpolation": "bilinear"}, {"mean": [0.5, 0.5, 0.49]}, {"crop_mode": "squash"}, {"std": [0.4, 0.5, 0.5]}],
+        [
+            {"crop_pct": 0.85},
+            {"interpolation": "bilinear"},
+            {"mean": [0.5, 0.5, 0.49]},
+            {"crop_mode": "squash"},
+            {"std": [0.4, 0.5, 0.5]},
+        ],
         ids=str,
-    )  # fmt: skip
+    )
     def test_changed_preprocessing(self, vit: Rewritten, tmp_path: Path, config: dict[str, Any]) -> None:
         result = run(vit, tamper(vit.path, tmp_path / "c", manifest=lambda m: m["data_config"].update(config)), limit=6)
         assert failing(result) == {"preprocessing"}
