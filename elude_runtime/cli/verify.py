@@ -72,6 +72,6 @@ def print_checks(result: object) -> None:
     console = Console(highlight=False)
     for check in result.checks:  # type: ignore[attr-defined]
         mark = "[green]holds[/]" if check.holds else "[bold red]FAILS[/]"
-        console.print(f"  {mark}  {check.name:<15} {check.detail}")
+        console.print(f"  {mark}  {check.name:<15} {check.detail}", soft_wrap=True)
     verdict = "[bold green]Every check holds.[/]" if result.holds else "[bold red]The checkpoint is not lossless.[/]"  # type: ignore[attr-defined]
     console.print(f"{verdict} Written to verification.json.")

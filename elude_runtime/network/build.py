@@ -151,6 +151,23 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     model.load_state_dict(dict(tensors), strict=True)
 
 
+@contextmanager
+def borrowed(model: nn.Module, device: str | torch.device | None = None) -> Iterator[nn.Module]:
+    """The model in eval mode, without gradients and on `device` while the block runs, and as it was after it."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    home = next(iter(wanted)).device if wanted else None
+    try:
+        yield model.eval().requires_grad_(False).to(device)
+    finally:
+        if device is not None and home is not None:
+            model.to(home)
+        for module, training in modes.items():
+            module.training = training
+        for parameter, gradients in wanted.items():
+            parameter.requires_grad_(gradients)
+
+
 def json_args(pairs: list[str]) -> dict[str, Any]:
     """`K=V` pairs as arguments; values are JSON where they parse, text otherwise."""
     args = {}

@@ -34,7 +34,7 @@ from elude_runtime.checkpoint.storage import (
     write_tensors,
 )
 from elude_runtime.errors import ModelError, SettingsError
-from elude_runtime.network.build import Factory, build_timm, carry_files
+from elude_runtime.network.build import Factory, borrowed, build_timm, carry_files, load_weights
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.network.split_layers import SplitLayer, choose_layers, find_split_layers
@@ -155,60 +155,62 @@ def rewrite_checkpoint(
     if not 1 <= concepts < REST_CONCEPT:
         raise SettingsError(f"The number of concepts must be between 1 and {REST_CONCEPT - 1}.")
     try:
-        model = base.model.eval().requires_grad_(False).to(device)
-    except RuntimeError as error:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
         raise SettingsError(
             f"There is no device {str(device)!r} here; use cpu, or cuda where there is a GPU."
         ) from error
-    size = tuple(images.shape[1:]) if isinstance(images, Tensor) and images.dim() == 4 else None
-    data = data_config or DataConfig.of_model(model, input_size=size)
-    source = ImageSource(
-        Path(images) if isinstance(images, str) else images,
-        data,
-        batch_size=batch_size,
-        workers=workers,
-        limit=max_images,
-    )
-    chosen = choose_layers(find_split_layers(model, data.input_size), layers)
-    modules = dict(model.named_modules())
-    with new_directory(out, force=force) as work:
-        statistics = _first_pass(model, chosen, modules, source, config, report)
-        skipped, hashes = source.report.skipped, sorted(source.report.hashes)
-        with tempfile.TemporaryDirectory(prefix="tokens.", dir=work) as folder:
-            stores = _second_pass(model, chosen, statistics, source, Path(folder), report)
-            made = [partition_layer(s, stores[s.layer.name], config, concepts, report) for s in statistics]
-            del stores
-        partitions = {s.layer.name: p for s, (p, _) in zip(statistics, made, strict=True)}
-        write_table(work, [part for _, parts in made for part in parts])
-        own = {n: t for name, p in partitions.items() for n, t in partition_tensors(name, p).items()}
-        tensors = {n: t.detach().cpu() for n, t in model.state_dict().items()}
-        calibration = torch.tensor([list(h) for h in hashes], dtype=torch.uint8)
-        carried = _carry(base, work)
-        entries = [_entry(s, partitions[s.layer.name], config) for s in statistics]
-        manifest = Manifest(
-            format_version=1,
-            elude_version=elude_runtime.__version__,
-            model=base.source.model_copy(update={"files": carried}),
-            output="logits" if getattr(model, "num_classes", 1) else "embedding",
-            data_config=data.as_dict(),
-            labels=labels or [],
-            layers=entries,
-            method={"partition": "sign-split", **asdict(config), "concepts": concepts},
-            seed=config.seed,
-            threads=torch.get_num_threads(),
-            versions={"torch": torch.__version__, "timm": timm.__version__, "numpy": numpy.__version__},
-            calibration=Calibration(
-                images=len(hashes), sha256=hashlib.sha256(b"".join(hashes)).hexdigest(), skipped=len(skipped)
-            ),
-            base_sha256=tensors_sha256(tensors),
-            partition_sha256=tensors_sha256(own),
+    with borrowed(base.model, device) as model:
+        size = tuple(images.shape[1:]) if isinstance(images, Tensor) and images.dim() == 4 else None
+        data = data_config or DataConfig.of_model(model, input_size=size)
+        source = ImageSource(
+            Path(images) if isinstance(images, str) else images,
+            data,
+            batch_size=batch_size,
+            workers=workers,
+            limit=max_images,
         )
-        manifest = _measure_attribution(model, manifest, partitions, source, report)
-        write_tensors(work, {**tensors, **own, CALIBRATION_TENSOR: calibration})
-        write_manifest(work, manifest)
-        if carried:  # the carried copy must build the same network, or the checkpoint could never be loaded
-            Factory(work / "factory" / str(base.source.file), str(base.source.function)).build(base.source.args)
-    return RewriteResult(out, manifest, skipped)
+        chosen = choose_layers(find_split_layers(model, data.input_size), layers)
+        modules = dict(model.named_modules())
+        with new_directory(out, force=force) as work:
+            statistics = _first_pass(model, chosen, modules, source, config, report)
+            skipped, hashes = source.report.skipped, sorted(source.report.hashes)
+            with tempfile.TemporaryDirectory(prefix="tokens.", dir=work) as folder:
+                stores = _second_pass(model, chosen, statistics, source, Path(folder), report)
+                made = [partition_layer(s, stores[s.layer.name], config, concepts, report) for s in statistics]
+                del stores
+            partitions = {s.layer.name: p for s, (p, _) in zip(statistics, made, strict=True)}
+            write_table(work, [part for _, parts in made for part in parts])
+            own = {n: t for name, p in partitions.items() for n, t in partition_tensors(name, p).items()}
+            tensors = {n: t.detach().cpu() for n, t in model.state_dict().items()}
+            calibration = torch.tensor([list(h) for h in hashes], dtype=torch.uint8)
+            carried = _carry(base, work)
+            entries = [_entry(s, partitions[s.layer.name], config) for s in statistics]
+            manifest = Manifest(
+                format_version=1,
+                elude_version=elude_runtime.__version__,
+                model=base.source.model_copy(update={"files": carried}),
+                output="logits" if getattr(model, "num_classes", 1) else "embedding",
+                data_config=data.as_dict(),
+                labels=labels or [],
+                layers=entries,
+                method={"partition": "sign-split", **asdict(config), "concepts": concepts},
+                seed=config.seed,
+                threads=torch.get_num_threads(),
+                versions={"torch": torch.__version__, "timm": timm.__version__, "numpy": numpy.__version__},
+                calibration=Calibration(
+                    images=len(hashes), sha256=hashlib.sha256(b"".join(hashes)).hexdigest(), skipped=len(skipped)
+                ),
+                base_sha256=tensors_sha256(tensors),
+                partition_sha256=tensors_sha256(own),
+            )
+            manifest = _measure_attribution(model, manifest, partitions, source, report)
+            write_tensors(work, {**tensors, **own, CALIBRATION_TENSOR: calibration})
+            write_manifest(work, manifest)
+            if carried:  # the carried copy must build the same network, or the checkpoint could never be loaded
+                copy = Factory(work / "factory" / str(base.source.file), str(base.source.function))
+                load_weights(copy.build(base.source.args)[0], tensors, "What the carried factory builds")
+        return RewriteResult(out, manifest, skipped)
 
 
 def _first_pass(

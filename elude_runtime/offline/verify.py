@@ -29,7 +29,7 @@ from elude_runtime.checkpoint.storage import (
     write_json,
 )
 from elude_runtime.errors import EludeError
-from elude_runtime.network.build import load_weights
+from elude_runtime.network.build import borrowed, load_weights
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.preprocessing import DataConfig, decode_image, to_input
 from elude_runtime.offline.images import ImageSource, Progress, list_images
@@ -89,28 +89,28 @@ def verify(
     cannot be read at all; what can be read and does not hold is a failed check.
     """
     report = progress or (lambda *_: None)
-    base = base.eval().requires_grad_(False)
-    manifest, tensors, partitions = read_checkpoint(checkpoint, check=False)
-    own = {n: t for n, t in split_tensors(read_tensors(checkpoint))[1].items() if n != CALIBRATION_TENSOR}
-    checks = [check_tensors(manifest, tensors, own, base), check_partition(manifest, own, partitions)]
-    source = ImageSource(images, data_config, batch_size=max(batch_sizes), limit=limit)
-    count = 0
-    if checks[-1].holds:
-        rebuilt = build_base(manifest.model, checkpoint, trust_factory=trust_factory)
-        load_weights(rebuilt, tensors, str(checkpoint))
-        model = EludeModel(rebuilt.requires_grad_(False), manifest, partitions)
-        logits, count = check_logits(model, base, source, batch_sizes, report)
-        same = sha256(b"".join(sorted(source.report.hashes))).hexdigest() == manifest.calibration.sha256
-        sample = torch.cat([b for b, _ in zip(source.batches(), range(few), strict=False)])[:few]
-        report("float64", 0, None)
-        checks += [
-            logits[0],
-            check_additivity(model, base, sample),
-            check_means(model, base, source if same else None),
-            check_explicit(base, model.explicit(), sample),
-        ]
-        checks += [check_preprocessing(manifest, data_config, images)] if isinstance(images, Path) else []
-        checks += logits[1:]
+    with borrowed(base):
+        manifest, tensors, partitions = read_checkpoint(checkpoint, check=False)
+        own = {n: t for n, t in split_tensors(read_tensors(checkpoint))[1].items() if n != CALIBRATION_TENSOR}
+        checks = [check_tensors(manifest, tensors, own, base), check_partition(manifest, own, partitions)]
+        source = ImageSource(images, data_config, batch_size=max(batch_sizes), limit=limit)
+        count = 0
+        if checks[-1].holds:
+            rebuilt = build_base(manifest.model, checkpoint, trust_factory=trust_factory)
+            load_weights(rebuilt, tensors, str(checkpoint))
+            model = EludeModel(rebuilt.requires_grad_(False), manifest, partitions)
+            logits, count = check_logits(model, base, source, batch_sizes, report)
+            same = sha256(b"".join(sorted(source.report.hashes))).hexdigest() == manifest.calibration.sha256
+            sample = torch.cat([b for b, _ in zip(source.batches(), range(few), strict=False)])[:few]
+            report("float64", 0, None)
+            checks += [
+                logits[0],
+                check_additivity(model, base, sample),
+                check_means(model, base, source if same else None),
+                check_explicit(base, model.explicit(), sample),
+            ]
+            checks += [check_preprocessing(manifest, data_config, images)] if isinstance(images, Path) else []
+            checks += logits[1:]
     environment = {"torch": torch.__version__, "timm": timm.__version__, "threads": torch.get_num_threads()}
     environment["device"] = str(next(base.parameters()).device)
     result = Verification(manifest.checkpoint_sha256, checks, count, environment)

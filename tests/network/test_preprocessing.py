@@ -106,11 +106,13 @@ def test_what_is_no_image(data: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
 @pytest.mark.parametrize("share", [0.3, 0.7])
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_truncated_image_is_refused(kind: str, share: float) -> None:
     with pytest.raises(ImagesError):
         decode_image(FORMATS[kind][: int(len(FORMATS[kind]) * share)])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from(sorted(FORMATS)),
@@ -127,6 +129,7 @@ def test_damaged_bytes_give_an_image_or_one_sentence(kind: str, cut: float, flip
         assert "\n" not in str(error)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=60, deadline=None)
 @given(flips=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 255)), min_size=1, max_size=3))
 def test_damaged_exif_gives_an_image_or_one_sentence(flips: list[tuple[int, int]]) -> None:

@@ -176,7 +176,7 @@ class TestRefusals:
     )
     def test_in_one_sentence(self, tmp_path: Path, error: type[Exception], said: str, changes: dict[str, Any]) -> None:
         options = {**SMALL, "images": input_tensor(VIT_DATA, 4), **changes}
-        with pytest.raises(error, match=said) as caught:
+        with pytest.raises(error, match=said or r"\.$") as caught:
             elude.rewrite(tiny_vit(), out=tmp_path / "ckpt", **options)
         assert "\n" not in str(caught.value)
         assert list(tmp_path.iterdir()) == []
