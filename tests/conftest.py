@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from support import (
     CONV_DATA,
     FIRST,
@@ -29,6 +30,10 @@ from elude_runtime.network.preprocessing import DataConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_FILES = ("weights/deit_tiny_3bit.safetensors", "weights/mobilenetv2_100.safetensors", "data/imagenet")
+
+# Examples are the same in every run, so that a failure is somebody's change and not the day's luck.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise ImagesError("The bytes are not an image in a known format; send JPEG, PNG or WebP.") from error
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError) as error:
+    except Exception as error:  # Pillow's parsers raise anything over damaged bytes (struct.error, KeyError, …)
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImagesError(f"The image cannot be decoded ({detail[:120]}); it may be damaged or cut off.") from error
 

@@ -40,7 +40,7 @@ def kmeans(points: Tensor, clusters: int, draws: Tensor, iterations: int = 25) -
 
 def _nearest(points: Tensor, centres: Tensor) -> Tensor:
     """int64 [B, N]: index of the closest centre; |x|^2 is the same for all centres and left out."""
-    return (centres.square().sum(-1)[:, None] - 2 * points @ centres.transpose(1, 2)).argmin(-1)
+    return (centres.square().sum(-1)[:, None] - points @ (2 * centres).transpose(1, 2)).argmin(-1)
 
 
 def _seed(points: Tensor, clusters: int, draws: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def test_their_sum_and_the_bias_are_captums_on_the_original_layer(rewritten: Rew
             over_tokens = gradient[state.layout.slices[t]].sum(0)
             total += float((over_tokens[:, None] * state.partition.mean[t]).sum())
             if module.bias is not None:
-                total += float((over_tokens * module.bias).sum())
+                total += float((over_tokens * module.bias.detach()).sum())
         dead = [t for t in range(state.layout.types) if t not in state.live_types]
         assert all(bool((gradient[state.layout.slices[t]] == 0).all()) for t in dead)
         assert total == pytest.approx(expected, rel=2e-3, abs=1e-4)

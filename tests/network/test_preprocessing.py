@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support import CONV_DATA, VIT_DATA, encoded, picture, tiny_vit
@@ -132,6 +132,7 @@ def test_damaged_bytes_give_an_image_or_one_sentence(kind: str, cut: float, flip
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=60, deadline=None)
 @given(flips=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 255)), min_size=1, max_size=3))
+@example(flips=[(17, 5)])
 def test_damaged_exif_gives_an_image_or_one_sentence(flips: list[tuple[int, int]]) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
