@@ -37,7 +37,7 @@ need-python:
 		{ echo "Python's venv module is missing. Debian or Ubuntu: sudo apt-get install python3-venv"; exit 2; }
 
 need-java:
-	@java -version 2>&1 | grep -Eq 'version "(1[7-9]|[2-9][0-9])' || \
+	@$${JAVA_HOME:+$$JAVA_HOME/bin/}java -version 2>&1 | grep -Eq 'version "(1[7-9]|[2-9][0-9])' || \
 		{ echo "Java 17 is missing (TorchServe runs on it). Debian or Ubuntu: sudo apt-get install openjdk-17-jre-headless"; exit 2; }
 
 clean:

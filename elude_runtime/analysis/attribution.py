@@ -17,7 +17,7 @@ from elude_runtime.network.tail import Recording, TailRunner
 
 GRADIENT, INTEGRATED, ABLATION, AUTO = "gradient", "integrated_gradients", "ablation", "auto"
 METHODS = (AUTO, GRADIENT, INTEGRATED, ABLATION)
-_ABLATION_ROWS = 16  # ablated copies of one image in a tail batch
+_TAIL_ROWS = 16  # copies of one image in a tail batch
 
 
 @dataclass(frozen=True)
@@ -134,16 +134,16 @@ def gradients(
         a = torch.tensor((nodes + 1) / 2, dtype=y.dtype, device=y.device)
         weights = torch.tensor(node_weights / 2, dtype=torch.float32, device=y.device)
         path = c + a.view(-1, *[1] * (y.dim() - 1)) * (y - c)
-    with torch.enable_grad():
-        path = path.detach().requires_grad_()
-        rows = torch.full((len(path),), row, device=y.device)
-        logits = runner.run(recording, state.name, path, rows)
-        found = []
-        for position, target in enumerate(targets):
-            last = position == len(targets) - 1
-            (gradient,) = torch.autograd.grad(target.value(logits).sum(), path, retain_graph=not last)
-            tokens = state.linear.tokens(gradient).float()
-            found.append((tokens * weights[:, None, None]).sum(0, keepdim=True).detach())
+    found = [torch.zeros_like(state.linear.tokens(y), dtype=torch.float32) for _ in targets]
+    for part, part_weights in zip(path.split(_TAIL_ROWS), weights.split(_TAIL_ROWS), strict=True):
+        with torch.enable_grad():
+            leaf = part.detach().requires_grad_()
+            logits = runner.run(recording, state.name, leaf, torch.full((len(leaf),), row, device=y.device))
+            for position, target in enumerate(targets):
+                last = position == len(targets) - 1
+                (gradient,) = torch.autograd.grad(target.value(logits).sum(), leaf, retain_graph=not last)
+                tokens = state.linear.tokens(gradient).float()
+                found[position] += (tokens * part_weights[:, None, None]).sum(0, keepdim=True)
     return found
 
 
@@ -180,9 +180,15 @@ def _describe(
 ) -> list[FeatureAttribution]:
     """Activation, token and heatmap of the listed features."""
     out = []
+    concepts: dict[int, Tensor] = {}  # one product gives all concepts of a token type
     for feature, attribution in top:
         with torch.no_grad():
-            activation = state.activations(x, feature)[0]
+            if feature.neuron is not None:
+                activation = state.activations(x, feature)[0]
+            else:
+                if feature.token_type not in concepts:
+                    concepts[feature.token_type] = state.concept_activations(x, feature.token_type)[0]
+                activation = concepts[feature.token_type][:, state.slot(feature)]
         local = int(activation.abs().argmax())
         heatmap = None
         if options.heatmaps and feature.token_type == 0 and state.layout.grid is not None:
@@ -204,11 +210,11 @@ def ablation_effects(
 ) -> list[float]:
     """target with the feature at its calibration mean minus target without an edit, both in the same tail batch."""
     effects: list[float] = []
-    for start in range(0, len(features), _ABLATION_ROWS):
-        part = features[start : start + _ABLATION_ROWS]
+    for start in range(0, len(features), _TAIL_ROWS):
+        part = features[start : start + _TAIL_ROWS]
         with torch.no_grad():
             writes = torch.cat([torch.zeros_like(state.linear.tokens(y)), *(state.write(x, f) for f in part)])
-            edited = y + state.linear.untokens(-writes, y).to(y.dtype)
+            edited = state.changed(y.expand(len(writes), *y.shape[1:]), -writes)
             rows = torch.full((len(edited),), row, device=y.device)
             values = target.value(runner.run(recording, state.name, edited, rows))
         effects += (values[1:] - values[0]).tolist()

@@ -11,7 +11,7 @@ from elude_runtime.network.tokens import LETTERS
 
 CONCEPT, SUBUNIT = "concept", "subunit"
 REST = "rest"
-_PATTERN = re.compile(r"(?P<layer>.+?)(?:/(?P<neuron>\d+)/(?P<lower>[pc])|/(?P<upper>[PC]))(?P<index>\d+|rest)")
+_PATTERN = re.compile(r"(?P<layer>.+?)(?:/(?P<neuron>\d{1,9})/(?P<lower>[pc])|/(?P<upper>[PC]))(?P<index>\d{1,9}|rest)")
 
 
 @dataclass(frozen=True)

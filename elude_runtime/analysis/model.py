@@ -14,7 +14,7 @@ from elude_runtime.analysis.attribution import ExplainOptions, Explanation, Laye
 from elude_runtime.analysis.features import Feature, parse_feature
 from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.analysis.steering import Edit, Steered, steer_rows
-from elude_runtime.analysis.targets import Target
+from elude_runtime.analysis.targets import Target, TargetError
 from elude_runtime.checkpoint.manifest import Manifest, ModelSource
 from elude_runtime.checkpoint.storage import read_checkpoint
 from elude_runtime.errors import CheckpointError, LayerError, did_you_mean
@@ -117,6 +117,8 @@ class EludeModel(nn.Module):
         names = self.layers if layers is None else [self.state(name).name for name in layers]
         recording = self.record(x, names)
         found = []
+        if self.manifest.output == "embedding" and not all(isinstance(t, Target) for t in targets or [0]):
+            raise TargetError("The model has no classes; give targets=[Target(direction=(…))].")
         for row in range(len(x)):
             top = [int(recording.logits[row].argmax())] if targets is None else targets
             chosen = [Target(t) if isinstance(t, int) else t for t in top]
@@ -150,6 +152,10 @@ class EludeModel(nn.Module):
 def build_base(source: ModelSource, directory: Path, *, trust_factory: bool = False) -> nn.Module:
     """The architecture a checkpoint names. CheckpointError for code that is not trusted or was changed."""
     if source.kind == "timm":
+        if ":" in source.name:
+            raise CheckpointError(
+                f"{directory} names a model on a hub ({source.name}); a checkpoint is loaded from disk only."
+            )
         return build_timm(source.name, source.args)
     folder = directory / "factory"
     if not trust_factory:
@@ -163,6 +169,11 @@ def build_base(source: ModelSource, directory: Path, *, trust_factory: bool = Fa
             raise CheckpointError(f"{directory} names a file outside itself ({name}); it is not to be trusted.")
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             raise CheckpointError(f"{path} is missing or was changed since the checkpoint was made; make it again.")
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    if found - set(source.files):
+        raise CheckpointError(
+            f"{folder} holds {sorted(found - set(source.files))[0]}, which the checkpoint does not list; make it again."
+        )
     if source.file not in source.files or source.function is None:
         raise CheckpointError(f"{directory} does not say which of its files builds the model; make it again.")
     return Factory((folder / source.file).resolve(), source.function).build(source.args)[0]

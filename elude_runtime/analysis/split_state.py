@@ -136,6 +136,10 @@ class SplitState(nn.Module):
         )
         return out
 
+    def changed(self, y: Tensor, change: Tensor) -> Tensor:
+        """The layer's output y (module layout) with `change` [R, T, d] added in float32 and cast once."""
+        return (y.float() + self.linear.untokens(change, y)).to(y.dtype)
+
     def attributions(self, x: Tensor, gradient: Tensor) -> list[Tensor]:
         """Gradient x centred activation of every sub-unit, summed over tokens, for one image: [d, M + 1] a token type.
 

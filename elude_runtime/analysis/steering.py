@@ -133,7 +133,7 @@ def _edited(
     before = state.linear.tokens(y).float()
     scale = before[:, touched].flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     norms[state.name] = (change.flatten(1).norm(dim=1) / scale).tolist() if bool(touched.any()) else [0.0] * len(x)
-    return (y.float() + state.linear.untokens(change, y)).to(y.dtype)
+    return state.changed(y, change)
 
 
 def _later(

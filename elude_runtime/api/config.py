@@ -33,6 +33,7 @@ class ServingConfig(BaseModel):
     max_top_features: int = Field(200, ge=1, description="features listed a target and layer")
     max_ablations: int = Field(64, ge=1, description="features ablated one by one in one request")
     max_steps: int = Field(64, ge=1, description="integration nodes")
+    max_tail_rows: int = Field(512, ge=1, description="images re-run through the tail for one request")
     max_edits: int = Field(64, ge=1, description="edits in one request")
     max_json_depth: int = Field(32, ge=2, description="nesting of a request document")
     max_response_bytes: int = Field(6_000_000, ge=10_000, description="below TorchServe's own max_response_size")

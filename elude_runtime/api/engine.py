@@ -227,7 +227,14 @@ class Engine:
                 f"The model has no label {label[:80]!r}.",
                 at(["explain", "targets", number], "unknown", near),
             )
-        return self.labels.index(label)
+        same = [i for i, name in enumerate(self.labels) if name == label]
+        if len(same) > 1:
+            raise Problem(
+                "unknown-label",
+                f"{len(same)} classes are called {label!r}; name one by its index.",
+                at(["explain", "targets", number], "ambiguous", [str(i) for i in same]),
+            )
+        return same[0]
 
     def _forward(self, jobs: list[_Job]) -> Recording:
         """One pass for all rows; what tails need is kept for the layers that any row asks for."""

@@ -15,15 +15,16 @@ from elude_runtime.api.config import ServingConfig
 from elude_runtime.api.problems import Problem, at, invalid_document
 from elude_runtime.api.schema import Explain, JSONError, Request, parse_json
 from elude_runtime.errors import ImagesError, ImageTooLargeError
-from elude_runtime.network.preprocessing import decode_image
+from elude_runtime.network.preprocessing import SERVED_FORMATS, decode_image
 
 ROUTES = ("features", "vectors", "describe")
 _RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 
 # What the interface specifies and later versions bring, by its place in the document: answered 501, not 422.
 _EDIT_MODES = frozenset({"set", "cap", "floor", "add", "zero"})
-_EDIT_FIELDS = ("when", "unit", "side")
-_STEER_FIELDS = ("vectors", "policies", "strength_multiplier", "conflict")
+# with the value that asks for nothing beyond what this version does
+_EDIT_FIELDS: dict[str, Any] = {"when": None, "unit": "raw", "side": "both", "apply": {"tokens": "all"}}
+_STEER_FIELDS: dict[str, Any] = {"vectors": [], "policies": [], "strength_multiplier": 1.0, "conflict": "error"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def read_row(row: Row, config: ServingConfig, layers: int) -> Intake:
     """Validate one request to a checkpoint with that many split layers and decode its image. Raises Problem."""
     document, encoded = _documents(row, config)
     _refuse_later(document)
-    if row.explain and isinstance(document, dict):
-        document.setdefault("explain", {})
+    if row.explain and isinstance(document, dict) and document.get("explain") is None:
+        document["explain"] = {}
     try:
         request = Request.model_validate(document)
     except ValidationError as error:
@@ -71,7 +72,7 @@ def read_row(row: Row, config: ServingConfig, layers: int) -> Intake:
     if len(encoded) > config.max_image_bytes:
         raise Problem("image-too-large", f"The image has {len(encoded)} bytes, the limit is {config.max_image_bytes}.")
     try:
-        image = decode_image(bytes(encoded), config.max_image_pixels)
+        image = decode_image(bytes(encoded), config.max_image_pixels, SERVED_FORMATS)
     except ImagesError as error:
         too_large = isinstance(error, ImageTooLargeError)
         raise Problem("image-too-large" if too_large else "invalid-image", str(error)) from error
@@ -140,21 +141,21 @@ def _refuse_later(document: Any) -> None:
             raise _later("`explain.heatmaps: png`")
     if not isinstance(steer, dict):
         return
-    for key in _STEER_FIELDS:
-        if key in steer:
-            raise _later(f"`steer.{key}`")
+    _drop_defaults(steer, _STEER_FIELDS, "steer")
     edits = steer.get("edits")
     for edit in edits if isinstance(edits, list) else []:
-        if not isinstance(edit, dict):
-            continue
-        if edit.get("mode") in _EDIT_MODES if isinstance(edit.get("mode"), str) else False:
-            raise _later(f"the edit mode {edit['mode']!r}")
-        for key in _EDIT_FIELDS:
-            if key in edit:
-                raise _later(f"`steer.edits.{key}`")
-        scope = edit.get("apply")
-        if isinstance(scope, dict) and scope != {"tokens": "all"}:
-            raise _later("`steer.edits.apply` other than all tokens")
+        if isinstance(edit, dict):
+            if isinstance(edit.get("mode"), str) and edit["mode"] in _EDIT_MODES:
+                raise _later(f"the edit mode {edit['mode']!r}")
+            _drop_defaults(edit, _EDIT_FIELDS, "steer.edits")
+
+
+def _drop_defaults(part: dict[str, Any], fields: dict[str, Any], where: str) -> None:
+    """Take out of a document what it need not say; Problem 501 for any other value of these keys."""
+    for key, default in fields.items():
+        if key in part and (part[key] != default or isinstance(part[key], bool)):
+            raise _later(f"`{where}.{key}` other than {default!r}")
+        part.pop(key, None)
 
 
 def _later(what: str) -> Problem:
@@ -180,6 +181,9 @@ def _check_limits(request: Request, config: ServingConfig, layers: int) -> None:
             found.append(
                 ("explain.top_features times targets and layers, with ablation", ablations, config.max_ablations)
             )
+        nodes = explain.steps if explain.method in ("auto", "integrated_gradients") else 1
+        rows = explained * (nodes * (1 + targets) + 1)  # one forward pass of all nodes, a backward pass a target
+        found.append(("explain.steps times targets and layers", rows, config.max_tail_rows))
     if request.steer is not None:
         found.append(("steer.edits", len(request.steer.edits), config.max_edits))
     for name, value, limit in found:

@@ -13,6 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from elude_runtime.errors import EludeError
 
 API_VERSION = 1
+LONGEST_LIST = (
+    1000  # validation names every wrong item: an endless list would cost endless time before any limit is met
+)
 
 
 class _Document(BaseModel):
@@ -54,7 +57,7 @@ class IndexTarget(_Document):
 class DirectionTarget(_Document):
     """The dot product of the output with a direction [d]: for models without a head."""
 
-    direction: list[float]
+    direction: Annotated[list[float], Field(max_length=65536)]
 
 
 TargetDocument = Literal["top1"] | Annotated[int, Field(ge=0)] | TopTarget | LabelTarget | IndexTarget | DirectionTarget
@@ -63,10 +66,10 @@ TargetDocument = Literal["top1"] | Annotated[int, Field(ge=0)] | TopTarget | Lab
 class Explain(_Document):
     """Which features carried the decision."""
 
-    targets: Annotated[list[TargetDocument], Field(min_length=1)] = ["top1"]
+    targets: Annotated[list[TargetDocument], Field(min_length=1, max_length=LONGEST_LIST)] = ["top1"]
     method: Literal["auto", "gradient", "integrated_gradients", "ablation"] = "auto"
     steps: Annotated[int, Field(ge=1)] = 4
-    layers: list[str] | None = None
+    layers: Annotated[list[str], Field(max_length=LONGEST_LIST)] | None = None
     level: Literal["concepts", "subunits"] = "concepts"
     top_features: Annotated[int, Field(ge=1)] = 10
     sign: Literal["both", "positive", "negative"] = "both"
@@ -98,7 +101,7 @@ EditDocument = Annotated[ScaleEdit | AblateEdit, Field(discriminator="mode")]
 
 
 class Steer(_Document):
-    edits: Annotated[list[EditDocument], Field(min_length=1)]
+    edits: Annotated[list[EditDocument], Field(min_length=1, max_length=LONGEST_LIST)]
 
 
 class Request(_Document):
@@ -257,7 +260,8 @@ def parse_json(body: bytes, max_depth: int) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            twice = next(k for k, _ in pairs if sum(k == other for other, _ in pairs) > 1)
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
             raise JSONError(f"The key {twice[:60]!r} stands twice in one object.")
         return made
 
@@ -281,7 +285,8 @@ def parse_json(body: bytes, max_depth: int) -> Any:
 
 
 # Strings are skipped whole, so that an image in base64 costs one step and not millions.
-_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+# An unterminated string runs to the end in one step too: to try again at its every quote would take quadratic time.
+_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[{]|[\]}]', re.DOTALL)
 
 
 def _depth(body: bytes) -> int:

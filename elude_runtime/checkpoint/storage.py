@@ -88,6 +88,8 @@ def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
     StorageError for an existing `out` (unless force: it is replaced only at the end) or a disk that refuses.
     """
     out = out.absolute()
+    if force and out.exists() and not ((out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))):
+        raise StorageError(f"{out} is not a checkpoint, so --force does not replace it; choose another --out.")
     if out.exists() and not force:
         raise StorageError(f"{out} is already there; choose another --out, or --force to replace it.")
     try:
@@ -122,9 +124,9 @@ def _swap(work: Path, out: Path) -> None:
         os.replace(work, out)
     except OSError:
         os.replace(aside / out.name, out)
+        aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def storage_error(error: OSError, where: Path) -> StorageError:

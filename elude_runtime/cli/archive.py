@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
 from elude_runtime.api.config import ServingConfig
@@ -150,6 +149,8 @@ def _copy_package(target: Path) -> None:
 
 def _check_settings(settings: Path) -> None:
     """Refuses a model-config.yaml that the server would refuse later, when nobody looks."""
+    import yaml
+
     try:
         content: Any = yaml.safe_load(settings.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

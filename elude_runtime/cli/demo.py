@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
+import shutil
+import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +23,6 @@ def demo(
     from elude_runtime.demo.run import run
 
     require_programs()
-    signal.signal(signal.SIGTERM, _interrupt)  # so that the server is stopped on the way out
     console = Console(highlight=False)
     console.print(
         "[bold]ELUDe serving[/] makes a vision model's inner features visible and steerable in production, and "
@@ -54,16 +53,15 @@ def _tell(console: Console, story: Story, report: Path) -> None:
     for failure in story.failures:
         console.print(f"[bold red]Did not hold:[/] {failure}")
     console.print(f"\nThe pictures: open {report}    ({story.seconds:.0f} s)")
-    console.print(f"Serve it yourself: elude serve --model-store {story.out / 'model_store'} --foreground")
+    elude = Path(sys.argv[0]).name if shutil.which(Path(sys.argv[0]).name) else sys.argv[0]
+    store = story.out / "model_store"
+    console.print(f"Serve it yourself: {elude} serve --model-store {store} --foreground", soft_wrap=True)
     console.print(
-        "Your own model:    elude layers MODEL, then elude rewrite MODEL --pretrained --images DIR --out CKPT"
+        f"Your own model:    {elude} layers MODEL, {elude} rewrite MODEL --pretrained --images DIR --out CKPT",
+        soft_wrap=True,
     )
 
 
 def _bar(share: float, colour: str, width: int = 12) -> str:
     filled = round(width * share)
     return f"[{colour}]{'█' * filled}[/][dim]{'░' * (width - filled)}[/]"
-
-
-def _interrupt(_: int, __: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -57,7 +57,9 @@ class ModelOptions:
             model = build_timm(self.name, arguments, pretrained=self.pretrained)
             if hasattr(model, "num_classes"):
                 arguments.setdefault("num_classes", model.num_classes)
-            base = BaseModel(model, ModelSource(kind="timm", name=self.name, args=arguments))
+            # a checkpoint is loaded without the hub: it names the architecture that a hub's model turned out to be
+            name = str(vars(model)["pretrained_cfg"]["architecture"]) if ":" in self.name else self.name
+            base = BaseModel(model, ModelSource(kind="timm", name=name, args=arguments))
         else:
             raise ModelError("Name a timm model, or give --model-factory FILE.py:FUNCTION.")
         if self.weights:

@@ -83,4 +83,4 @@ def rewrite(
         errors = ", ".join(f"{m} {v:.2g}" for m, v in entry.attribution.completeness.items())
         print(f"  {entry.name}: {entry.neurons} neurons in up to {entry.subunits} sub-units each; {'; '.join(parts)}")
         print(f"    attribution by {entry.attribution.auto} (median relative completeness error: {errors})")
-    print(f"Next: elude verify {out} --base … --images {images}   then   elude archive {out}")
+    print(f"Next: elude verify {out} with {images} and the same model and data options, then elude archive {out}")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
-from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from elude_runtime.cli.torchserve import Server, stop_server
 from elude_runtime.errors import EludeError, ServerError
 
-__all__ = ["Server", "serve"]
+if TYPE_CHECKING:
+    from elude_runtime.cli.torchserve import Server
 
 
 def serve(
@@ -32,6 +30,8 @@ def serve(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Serve archives with TorchServe, on this host only."""
+    from elude_runtime.cli.torchserve import Server, stop_server
+
     if stop is not None:
         found = stop_server(stop) > 0
         print(json.dumps({"stopped": found}) if as_json else "Stopped." if found else "It had stopped already.")
@@ -46,8 +46,6 @@ def serve(
         token_auth=token_auth,
         run_dir=run_dir,
     )
-    # A supervisor's or container's SIGTERM must stop Java and the workers too.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         with Console(stderr=True).status("Starting TorchServe and loading " + ", ".join(server.names)):
             server.start()
@@ -100,13 +98,8 @@ def _screen(server: Server, foreground: bool) -> str:
         f"  logs          {server.run_dir / 'logs'}",
         f"  process       {server.pid}",
         "",
-        f'Try:    curl {header}-H "Content-Type: image/jpeg" --data-binary @IMAGE.jpg '
-        f"{server.url}/predictions/{server.names[0]}",
+        f"Try:    curl {header}-T IMAGE.jpg {server.url}/predictions/{server.names[0]}",
         f"Probe:  elude health --ready --run-dir {server.run_dir}",
         "Stop:   Ctrl-C" if foreground else f"Stop:   elude serve --stop {server.run_dir}",
     ]
     return "\n".join(lines)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

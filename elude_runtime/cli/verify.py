@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from elude_runtime.cli import model_options as options
 from elude_runtime.cli.progress import stages
+
+if TYPE_CHECKING:
+    from elude_runtime.offline.verify import Verification
 
 
 def verify(
@@ -67,11 +70,17 @@ def verify(
         raise typer.Exit(1)
 
 
-def print_checks(result: object) -> None:
+def print_checks(result: Verification) -> None:
     """One line a check, and what they come to."""
     console = Console(highlight=False)
-    for check in result.checks:  # type: ignore[attr-defined]
-        mark = "[green]holds[/]" if check.holds else "[bold red]FAILS[/]"
+    for check in result.checks:
+        mark = {True: "[green]holds[/]", False: "[bold red]FAILS[/]", None: "[yellow]  -  [/]"}[check.holds]
         console.print(f"  {mark}  {check.name:<15} {check.detail}", soft_wrap=True)
-    verdict = "[bold green]Every check holds.[/]" if result.holds else "[bold red]The checkpoint is not lossless.[/]"  # type: ignore[attr-defined]
+    left = [c.name for c in result.checks if c.holds is None]
+    skipped = f" ({', '.join(left)} not checked)" if left else ""
+    verdict = (
+        f"[bold green]Every check holds{skipped}.[/]"
+        if result.holds
+        else "[bold red]The checkpoint is not lossless.[/]"
+    )
     console.print(f"{verdict} Written to verification.json.")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -32,7 +33,7 @@ from elude_runtime.offline.rewrite import BaseModel, rewrite_checkpoint
 from elude_runtime.offline.verify import Verification, verify
 from elude_runtime.partition import SplitConfig
 
-CALIBRATION, NATURAL, GROUPS = 500, 240, 480
+CALIBRATION, STREAM, GROUPS = 500, 240, 480
 _CLIENTS = 8
 _NAME = "demo"
 # A feature belongs to the story when its mean attribution is at least this share of the largest one's.
@@ -96,6 +97,7 @@ def run(out: Path, say: Report) -> Story:
     model, config = load_demo_model()
     data = DataConfig.parse({k: config[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct")})
     calibration = make_set(CALIBRATION, seed=1, split="train", workers=2)
+    shutil.rmtree(out / "images", ignore_errors=True)  # pictures of an earlier version would be calibrated on too
     write_folder(out / "images", calibration)
     say(f"{CALIBRATION} pictures of toys, in {out / 'images'}")
 
@@ -112,10 +114,13 @@ def run(out: Path, say: Report) -> Story:
     base, _ = load_demo_model()  # the base model again, from its own weights
     story.verification = verify(checkpoint, base, data, out / "images")
     for check in story.verification.checks:
-        if not check.holds:
+        if check.holds is not True:
             story.failures.append(f"verify, {check.name}: {check.detail}")
     exact = story.verification
-    say(f"verify: {sum(c.holds for c in exact.checks)} of {len(exact.checks)} checks hold on {exact.images} pictures")
+    say(
+        f"verify: {sum(c.holds is True for c in exact.checks)} of {len(exact.checks)} checks hold, "
+        f"on {exact.images} pictures"
+    )
 
     archive = build_archive(checkpoint, out / "model_store", name=_NAME, force=True)
     say(f"archive: {archive} ({archive.stat().st_size / 2**20:.1f} MiB, no pickle)")
@@ -137,21 +142,22 @@ def _questions(
         f"predict: {story.equal_replies} of {story.compared_replies} replies equal the base model's float32 values, "
         "digit for digit"
     )
-    natural = make_set(NATURAL, seed=2, split="train", workers=2)
-    replies = _ask(url, natural, {"explain": {"targets": [WATERMARK_CLASS], "top_features": 12}})
+    stream = make_set(STREAM, seed=2, split="train", workers=2)
+    groups = make_set(GROUPS, seed=3, split="groups", workers=2)
+    replies = _ask(url, stream, {"explain": {"targets": [WATERMARK_CLASS], "top_features": 12}})
     suspects = [i for i, r in enumerate(replies) if r["answer"]["index"] == WATERMARK_CLASS]
     if not suspects:
         raise EludeError(
             "The demo model never answers with its suspicious class; its weights are not the shipped ones."
         )
-    story.example, story.explained = natural[suspects[0]].image, replies[suspects[0]]
+    story.example, story.explained = stream[suspects[0]].image, replies[suspects[0]]
     names = _notable([replies[i] for i in suspects])
-    story.found = _look_at(names, natural, loaded, data)
+    # In that stream watermark and class go together: only balanced pictures show that a feature tells the watermark.
+    story.found = _look_at(names, groups, loaded, data)
     say(f"explain: '{CLASSES[WATERMARK_CLASS]}' rests on " + " and ".join(f.name for f in story.found))
     if not any(abs(f.auc - 0.5) > 0.4 for f in story.found):
         story.failures.append("explain: the watermark is not among the top features")
 
-    groups = make_set(GROUPS, seed=3, split="groups", workers=2)
     edits = [{"feature": f.name, "mode": "ablate"} for f in story.found]
     plain = _ask(url, groups, {})
     steered = _ask(url, groups, {"steer": {"edits": edits}})

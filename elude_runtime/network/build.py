@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 from elude_runtime.errors import ModelError, did_you_mean
 
+# Arguments with which timm.create_model reads files or hosts; a checkpoint must not choose these.
+_LOADING_ARGS = frozenset(
+    {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "scriptable"}
+)
 CARRIED_LIMIT = 64 * 2**20  # bytes of a factory's files
 
 
@@ -32,6 +36,9 @@ def build_timm(name: str, args: Mapping[str, Any] | None = None, *, pretrained: 
             or " `python -c 'import timm; print(timm.list_models())'` lists them."
         )
         raise ModelError(f"timm has no model {name!r}.{hint}")
+    refused = sorted(_LOADING_ARGS & set(args or {}))
+    if refused:
+        raise ModelError(f"{', '.join(refused)} cannot be an argument of the model; weights come with --weights.")
     try:
         return timm.create_model(name, pretrained=pretrained, **dict(args or {})).eval()
     except Exception as error:  # timm, the hub client and the model's constructor raise anything
@@ -205,7 +212,19 @@ def _own_modules(folder: Path) -> Iterator[list[Path]]:
 def _file_below(module: Any, folder: Path) -> Path | None:
     file = getattr(module, "__file__", None)
     path = Path(file).resolve() if isinstance(file, str) else None
-    return path if path is not None and path.is_relative_to(folder) else None
+    return path if path is not None and _belongs(path, folder) else None
+
+
+def _belongs(path: Path, folder: Path) -> bool:
+    """Whether a file is part of a factory in `folder`: below it, and neither an installed package (a virtual
+    environment often lies beside the factory) nor hidden (a home directory holds credentials)."""
+    if not path.is_relative_to(folder):
+        return False
+    parts = path.relative_to(folder).parts
+    if any(part.startswith(".") or part in ("site-packages", "dist-packages", "__pycache__") for part in parts):
+        return False
+    homes = {Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix)}
+    return not any(home != folder and home.is_relative_to(folder) and path.is_relative_to(home) for home in homes)
 
 
 class _watch_opens:
@@ -240,7 +259,7 @@ class _watch_opens:
         cls._folder = None  # resolving a path may open files itself
         try:
             path = Path(args[0].decode() if isinstance(args[0], bytes) else args[0]).resolve()
-            if path.is_relative_to(folder) and path.suffix != ".pyc" and "__pycache__" not in path.parts:
+            if _belongs(path, folder):
                 cls._seen.add(path)
         finally:
             cls._folder = folder

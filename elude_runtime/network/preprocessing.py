@@ -16,6 +16,9 @@ from torch import Tensor
 from elude_runtime.errors import ImagesError, ImageTooLargeError, ModelError
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+# Every decoder is a door: clients may send these, a user's own folder may hold a few more.
+SERVED_FORMATS = ("JPEG", "PNG", "WEBP")
+OFFLINE_FORMATS = (*SERVED_FORMATS, "BMP", "GIF", "TIFF", "PPM")
 MAX_RATIO = 100  # longer side over shorter: the shorter is scaled to the input's size, the longer with it
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit
 
@@ -109,11 +112,11 @@ class DataConfig:
         return round(left), round(top), round(min(width, width - left)), round(min(height, height - top))
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Encoded bytes -> upright RGB image. JPEG, PNG, WebP and what else Pillow reads; first frame; EXIF orientation
-    applied; 16-bit greys scaled, transparency dropped. ImagesError when it is none of that or has too many pixels."""
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = OFFLINE_FORMATS) -> Image.Image:
+    """Encoded bytes -> upright RGB image: first frame; EXIF orientation applied; 16-bit greys scaled, transparency
+    dropped. formats: Pillow's names of what is tried. ImagesError when it is none of that or has too many pixels."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > max_pixels:
             raise ImageTooLargeError(
                 f"The image has {image.width} x {image.height} pixels, the limit is {max_pixels}; send a smaller one."
@@ -124,7 +127,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 "shorter at most; crop it."
             )
         image.seek(0)
-        upright = ImageOps.exif_transpose(image)
+        upright = upright_image(image)
         if upright.mode.startswith("I") or upright.mode == "F":
             upright = _eight_bit(upright)
         return upright.convert("RGB")
@@ -139,6 +142,15 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:  # Pillow's parsers raise anything over damaged bytes (struct.error, KeyError, …)
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImagesError(f"The image cannot be decoded ({detail[:120]}); it may be damaged or cut off.") from error
+
+
+def upright_image(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF block says; as it is where that block is damaged, which the pixels are not."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's EXIF parser raises anything
+        image.load()
+        return image
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

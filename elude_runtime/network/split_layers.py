@@ -246,6 +246,7 @@ def _refusal(name: str, module: Any, x: Tensor, y: Tensor, batch: int) -> str | 
         return "its tokens are not laid out image by image"
     try:
         linear = LinearMap(module, name)
+        linear.patches(x[:1])
     except LayerError as error:
         return str(error).split("; ")[0]
     # The layer must be linear in its own weight: a standardised or normalised weight is not.

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from elude_runtime.errors import LayerError
+
 REPLAY, FULL = "replay", "full"
 _FIXED = -1  # in place of a batch ratio: the output does not depend on the batch size
 
@@ -55,7 +57,7 @@ class TailRunner:
     def record(self, images: Tensor, layers: list[str]) -> Recording:
         """A forward pass of the untouched model that keeps what explanations and edits of `layers` need.
 
-        Hooks only store references: the numbers are those of `model(images)`.
+        Hooks only look: the numbers are those of `model(images)`.
         """
         recording = Recording(images, images)
         wanted = {name for layer in layers for name in self.plans[layer].modules}
@@ -68,7 +70,8 @@ class TailRunner:
 
         def keep_layer(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: Any, out: Tensor) -> None:
-                recording.x[name], recording.y[name] = args[0], out
+                # copies: glue code may change either in place later (`y += x`)
+                recording.x[name], recording.y[name] = args[0].clone(), out.clone()
 
             return hook
 
@@ -124,8 +127,11 @@ class TailRunner:
             plans[layer] = TailPlan(layer, REPLAY, modules, {n: r for n, r in ratios.items() if r is not None})
         self.plans = plans
         for layer in layers:
+            if self._null_tail_holds(layer, passes[3]):
+                continue
+            plans[layer] = TailPlan(layer, FULL, (), {})
             if not self._null_tail_holds(layer, passes[3]):
-                plans[layer] = TailPlan(layer, FULL, (), {})
+                raise LayerError(f"{layer} cannot be split: giving it its own output again changes the model's.")
         return plans
 
     def _null_tail_holds(self, layer: str, images: Tensor) -> bool:
@@ -136,7 +142,7 @@ class TailRunner:
                 again = self.run(recording, layer, y, torch.arange(len(images), device=images.device))
         except (RuntimeError, TypeError, AttributeError, IndexError):
             return False  # glue code that cannot take replayed outputs; a full re-run asks nothing of it
-        return torch.equal(again, recording.logits)
+        return torch.equal(again.nan_to_num(), recording.logits.nan_to_num())  # broken weights are not the tail's fault
 
     def _trace(self, images: Tensor) -> _Trace:
         trace = _Trace()

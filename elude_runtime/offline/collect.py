@@ -36,7 +36,7 @@ def layer_inputs(model: nn.Module, names: list[str], seen: dict[str, tuple[Tenso
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, out: Tensor) -> None:
-            seen[name] = (args[0].detach(), out.detach())
+            seen[name] = (args[0].clone(), out.clone())  # glue code may change either in place
             if len(seen) == len(names):
                 raise StopForward
 
@@ -192,7 +192,11 @@ class TokenStore:
         self.shape = shape
         columns = int(np.prod(shape))
         with path.open("wb") as file:  # a full disk is an error here, and would be a crash once the file is mapped
-            os.posix_fallocate(file.fileno(), 0, len(self.ids) * columns * 4)
+            size = len(self.ids) * columns * 4
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:  # macOS
+                file.truncate(size)
         self.rows = np.memmap(path, dtype=np.float32, mode="r+", shape=(len(self.ids), columns))
 
     def add(self, first: int, reads: Tensor) -> None:
@@ -203,7 +207,8 @@ class TokenStore:
         if len(wanted):
             self.rows[int(start) : int(stop)] = reads.flatten(0, 1).flatten(1)[wanted.to(reads.device)].cpu().numpy()
 
-    def read(self, ids: Tensor) -> Tensor:
-        """ids int64 [...] -> [..., *shape]."""
-        rows = torch.searchsorted(self.ids, ids.cpu().contiguous())
-        return torch.from_numpy(self.rows[rows.numpy()]).unflatten(-1, self.shape)
+    def read(self, ids: Tensor, groups: Tensor) -> Tensor:
+        """ids int64 [B, N], groups int64 [B] -> [B, N, n, q]: what the neurons of these groups read at the tokens."""
+        rows = torch.searchsorted(self.ids, ids.cpu().contiguous()).numpy()
+        by_group = self.rows.reshape(len(self.rows), *self.shape)
+        return torch.from_numpy(by_group[rows, groups.cpu().numpy()[:, None]])

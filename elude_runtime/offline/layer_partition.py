@@ -45,9 +45,7 @@ def partition_layer(
             store, (positive, negative) = stores[t]
 
             def read(neurons: Tensor, ids: Tensor, store: TokenStore = store) -> Tensor:
-                tokens = store.read(ids)  # [B, N, G, n, q]
-                group = (neurons // per_group).view(-1, 1, 1, 1, 1).expand(-1, tokens.shape[1], 1, *tokens.shape[3:])
-                return tokens.gather(2, group)[:, :, 0]
+                return store.read(ids, neurons // per_group)
 
             edges[t], counts[t] = sign_split(
                 weight, read, positive, negative, config, lambda k: report(stage, k, d * len(one.types))

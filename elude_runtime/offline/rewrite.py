@@ -124,13 +124,25 @@ def describe_model(model: nn.Module, factory: str | None, args: dict[str, Any] |
         arguments = {"num_classes": model.num_classes} if args is None and hasattr(model, "num_classes") else args or {}
         again = build_timm(name, arguments)
         described = BaseModel(model, ModelSource(kind="timm", name=name, args=arguments))
-    mine, other = model.state_dict(), again.state_dict()
-    if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in other.items()} or repr(model) != repr(again):
-        raise ModelError(
-            f"{described.source.name} built again is another network than the one given; name its arguments with "
-            "model_args={...}, or give factory='FILE.py:FUNCTION' that builds it."
-        )
-    return described
+    if repr(model) == repr(again) and _same_network(model, again, model.state_dict()):
+        return described
+    raise ModelError(
+        f"{described.source.name} built again is another network than the one given; name its arguments with "
+        "model_args={...}, or give factory='FILE.py:FUNCTION' that builds it."
+    )
+
+
+def _same_network(model: nn.Module, again: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Whether `again`, with the same tensors, answers two random images bit for bit as `model` does."""
+    try:
+        load_weights(again, tensors, "the model")
+        size = DataConfig.of_model(model).input_size
+        first = next(model.parameters())
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
+        with borrowed(model), borrowed(again, first.device), torch.no_grad():
+            return torch.equal(model(images), again(images))
+    except ModelError:
+        return False
 
 
 def rewrite_checkpoint(
@@ -209,7 +221,11 @@ def rewrite_checkpoint(
             write_manifest(work, manifest)
             if carried:  # the carried copy must build the same network, or the checkpoint could never be loaded
                 copy = Factory(work / "factory" / str(base.source.file), str(base.source.function))
-                load_weights(copy.build(base.source.args)[0], tensors, "What the carried factory builds")
+                if not _same_network(model, copy.build(base.source.args)[0], tensors):
+                    raise ModelError(
+                        "The factory's files, copied into the checkpoint, build another network; let the factory open "
+                        "what it needs with Python, from its own folder."
+                    )
         return RewriteResult(out, manifest, skipped)
 
 

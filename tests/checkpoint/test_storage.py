@@ -240,12 +240,15 @@ class TestWritingADirectory:
         (out / "old").write_text("x")
         with pytest.raises(StorageError, match="--force"), new_directory(out):
             raise AssertionError("not reached")
+        with pytest.raises(StorageError, match="not a checkpoint"), new_directory(out, force=True):
+            raise AssertionError("not reached")
+        (out / "old").rename(out / "elude.json")
         with pytest.raises(ValueError, match="planted"), new_directory(out, force=True):
             raise ValueError("planted")
-        assert [p.name for p in out.iterdir()] == ["old"]
+        assert [p.name for p in out.iterdir()] == ["elude.json"]
         with new_directory(out, force=True) as work:
             (work / "new").write_text("y")
-            assert (out / "old").exists()
+            assert (out / "elude.json").exists()
         assert [p.name for p in out.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [out]
 
     def test_one_that_appeared_meanwhile_is_not_lost(self, tmp_path: Path) -> None:

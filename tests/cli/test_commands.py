@@ -210,6 +210,10 @@ class TestRewrite:
             run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", out, *QUICK), "already there", "--force"
         )
         assert [p.name for p in out.iterdir()] == ["precious"]
+        refused(
+            run("rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", out, "--force", *QUICK), "not a checkpoint"
+        )
+        (out / "precious").rename(out / "elude.json")
         assert (
             run(
                 "rewrite", VIT, *MODEL_ARGS, "--images", pictures, "--out", out, "--force", "--max-images", 4, *QUICK

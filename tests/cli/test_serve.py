@@ -29,9 +29,10 @@ from model_archiver.model_archiver_config import ModelArchiverConfig
 
 from elude_runtime.cli import server_process
 from elude_runtime.cli.health import health, model_names, not_ready
-from elude_runtime.cli.serve import Server, serve
+from elude_runtime.cli.serve import serve
 from elude_runtime.cli.server_process import find_cause, require_programs, session_members
 from elude_runtime.cli.server_settings import ADDRESSES, free_ports, read_properties, write_settings
+from elude_runtime.cli.torchserve import Server
 from elude_runtime.errors import EludeError, ServerError
 from elude_runtime.package_files import shipped_file
 
@@ -405,8 +406,8 @@ def test_a_port_that_is_taken_is_named(store: Path) -> None:
 
 
 def command(*arguments: str) -> list[str]:
-    code = "import typer; from elude_runtime.cli.serve import serve; typer.run(serve)"
-    return [sys.executable, "-c", code, *arguments]
+    code = "from elude_runtime.cli import main; main()"
+    return [sys.executable, "-c", code, "serve", *arguments]
 
 
 @pytest.mark.server

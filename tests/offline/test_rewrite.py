@@ -196,6 +196,7 @@ class TestRefusals:
                 tiny_vit(), input_tensor(VIT_DATA, 4), out=tmp_path / "c", force=True, **{**SMALL, "layers": ["x"]}
             )
         assert (tmp_path / "c" / "precious").exists()
+        (tmp_path / "c" / "elude.json").write_text("{}")
         elude.rewrite(tiny_vit(), input_tensor(VIT_DATA, 4), out=tmp_path / "c", force=True, **SMALL)
         assert not (tmp_path / "c" / "precious").exists() and (tmp_path / "c" / "elude.json").exists()
 
@@ -238,6 +239,7 @@ class TestCutShort:
         if existing:
             out.mkdir()
             (out / "precious").write_text("x")
+            (out / "elude.json").write_text("{}")
         wait = f"import time; time.sleep(60 if stage == {stage!r} else 0)"
         process = subprocess.Popen(script(out, wait=wait), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout is not None
@@ -249,7 +251,7 @@ class TestCutShort:
             process.wait()
             process.stdout.close()
         if existing:
-            assert [p.name for p in out.iterdir()] == ["precious"]
+            assert {p.name for p in out.iterdir()} == {"precious", "elude.json"}
         assert all(p.name.endswith(".part") for p in tmp_path.iterdir() if p != out)
         assert existing or not out.exists()
 

@@ -28,7 +28,7 @@ def run(r: Rewritten, checkpoint: Path, images: Path | Tensor | None = None, **o
 
 
 def failing(result: Verification) -> set[str]:
-    return {c.name for c in result.checks if not c.holds}
+    return {c.name for c in result.checks if c.holds is False}
 
 
 def change(name: str, place: tuple[int, ...], value: float) -> Callable[[dict[str, Tensor]], None]:
