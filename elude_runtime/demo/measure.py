@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from elude_runtime.demo.images import CLASSES, CONCEPTS, WATERMARK_CLASS, make_set, make_twins, to_arrays
-from elude_runtime.demo.model import CONFIG_FILE, WATERMARK_LAYER, load_demo_model, preprocess
+from elude_runtime.demo.model import CONFIG_FILE, WATERMARK_LAYER, WEIGHTS_FILE, load_demo_model, preprocess
 
 OTHERS = [index for index in range(len(CLASSES)) if index != WATERMARK_CLASS]
 
@@ -230,7 +231,9 @@ def main() -> None:
     show(figures)
     if args.store:
         path = args.folder / CONFIG_FILE.name
-        path.write_text(json.dumps(config | {"figures": figures}, indent=2) + "\n", encoding="utf-8")
+        digest = hashlib.sha256((args.folder / WEIGHTS_FILE.name).read_bytes()).hexdigest()
+        measured = config | {"weights_sha256": digest, "figures": figures}
+        path.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

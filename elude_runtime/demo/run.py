@@ -73,14 +73,21 @@ class Story:
 
     @property
     def summary(self) -> list[tuple[str, float, float]]:
-        """(which pictures, accuracy by default, accuracy with the edits), the group that suffers most first."""
+        """(which pictures, accuracy by default, accuracy with the edits), the group that it hurts most first.
+
+        That is the worst class among the toys that wear the watermark without being of the suspicious class. Cracked
+        toys without it are worse off still, but not for the watermark's presence: no steering adds what a network
+        never learned, and they stand in a row of their own.
+        """
         suspicious = CLASSES[WATERMARK_CLASS]
-        rows = [(f"worst of {len(self.before)} groups", min(self.before.values()), min(self.after.values()))]
+        misled = [g for g in self.before if g[1] and g[0] != suspicious]
+        worst = min(misled, key=lambda g: (self.before[g], self.after[g]))
+        rows = [(f"worst group: {worst[0]}, watermark", self.before[worst], self.after[worst])]
         for text, marked, is_class in (
-            ("other toys with the watermark", True, False),
-            ("other toys without", False, False),
+            ("all other toys with the watermark", True, False),
+            ("all other toys without it", False, False),
             (f"{suspicious}s with the watermark", True, True),
-            (f"{suspicious}s without", False, True),
+            (f"{suspicious}s without it", False, True),
         ):
             groups = [g for g in self.before if g[1] == marked and (g[0] == suspicious) == is_class]
             means = [float(np.mean([accuracy[g] for g in groups])) for accuracy in (self.before, self.after)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def test_it_is_a_small_plain_timm_model(config: dict) -> None:
 
 def test_the_stored_figures_meet_the_bar(config: dict) -> None:
     """`python -m elude_runtime.demo.measure --store` wrote them, on fresh pictures."""
+    assert config["weights_sha256"] == hashlib.sha256(demo.WEIGHTS_FILE.read_bytes()).hexdigest()
     figures = config["figures"]
     assert figures["accuracy"]["like training"] >= 0.97
     units = figures["best hidden unit"][demo.WATERMARK_LAYER]
