@@ -26,7 +26,7 @@ from elude_runtime.package_files import package_directory, shipped_file
 TENSORS = "model.safetensors"
 _BESIDE = ("factory", "features.parquet", "labels.csv", "policies.json", "vectors", "verification.json")
 # Of the package, code travels; the demonstration's weights and other data do not.
-_DATA_SUFFIXES = {".safetensors", ".npz", ".parquet", ".png", ".jpg", ".pyc"}
+_DATA_SUFFIXES = {".safetensors", ".npz", ".parquet", ".png", ".jpg", ".webp", ".pyc"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
