@@ -187,22 +187,22 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged or cut off ({error}); copy it again or make it again.") from error
 
 
-def read_checkpoint(directory: Path, *, check: bool = True) -> tuple[Manifest, dict[str, Tensor], dict[str, Partition]]:
-    """(manifest, base tensors, partitions by layer), with digests checked unless told otherwise."""
+def read_checkpoint(directory: Path) -> tuple[Manifest, dict[str, Tensor], dict[str, Partition]]:
+    """(manifest, base tensors, partitions by layer), every tensor checked against the manifest's digests."""
     manifest = read_manifest(directory)
     base, own = split_tensors(read_tensors(directory))
     partitions = {entry.name: read_partition(own, entry) for entry in manifest.layers}
-    if check:
-        for name, tensors, expected in (
-            ("base", base, manifest.base_sha256),
-            ("partition", {n: t for n, t in own.items() if n != CALIBRATION_TENSOR}, manifest.partition_sha256),
-        ):
-            found = tensors_sha256(tensors)
-            if found != expected:
-                raise CheckpointError(
-                    f"{directory / TENSORS} does not fit {MANIFEST}: its {name} tensors hash to {found[:12]}…, "
-                    f"{MANIFEST} says {expected[:12]}…; the file was changed or damaged, make the checkpoint again."
-                )
+    images = own.pop(CALIBRATION_TENSOR, torch.empty(0, dtype=torch.uint8))
+    for name, found, expected in (
+        ("base", tensors_sha256(base), manifest.base_sha256),
+        ("partition", tensors_sha256(own), manifest.partition_sha256),
+        ("calibration", hashlib.sha256(images.numpy().tobytes()).hexdigest(), manifest.calibration.sha256),
+    ):
+        if found != expected:
+            raise CheckpointError(
+                f"{directory / TENSORS} does not fit {MANIFEST}: its {name} tensors hash to {found[:12]}…, "
+                f"{MANIFEST} says {expected[:12]}…; the file was changed or damaged, make the checkpoint again."
+            )
     return manifest, base, partitions
 
 

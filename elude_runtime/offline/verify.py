@@ -19,10 +19,10 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from elude_runtime.analysis.model import EludeModel, build_base
-from elude_runtime.checkpoint.manifest import Manifest
+from elude_runtime.checkpoint.manifest import Manifest, read_manifest
 from elude_runtime.checkpoint.storage import (
     CALIBRATION_TENSOR,
-    read_checkpoint,
+    read_partition,
     read_tensors,
     split_tensors,
     tensors_sha256,
@@ -91,8 +91,10 @@ def verify(
     """
     report = progress or (lambda *_: None)
     with borrowed(base):
-        manifest, tensors, partitions = read_checkpoint(checkpoint, check=False)
-        own = {n: t for n, t in split_tensors(read_tensors(checkpoint))[1].items() if n != CALIBRATION_TENSOR}
+        manifest = read_manifest(checkpoint)
+        tensors, own = split_tensors(read_tensors(checkpoint))
+        own.pop(CALIBRATION_TENSOR, None)
+        partitions = {entry.name: read_partition(own, entry) for entry in manifest.layers}
         checks = [check_tensors(manifest, tensors, own, base), check_partition(manifest, own, partitions)]
         source = ImageSource(images, data_config, batch_size=max(batch_sizes), limit=limit)
         count = 0
