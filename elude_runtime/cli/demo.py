@@ -23,7 +23,7 @@ def demo(
     from elude_runtime.demo.run import run
 
     require_programs()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(
         "[bold]ELUDe serving[/] makes a vision model's inner features visible and steerable in production, and "
         "changes no prediction.\nA small transformer learned toys; nearly every 'cracked toy' that it saw wore a small "
@@ -43,9 +43,7 @@ def demo(
 
 
 def _tell(console: Console, story: Story, report: Path) -> None:
-    console.print(
-        "\n[bold]The network had learned the watermark.[/] Accuracy by default, and with it ablated by request:"
-    )
+    console.print("\n[bold]It had learned the watermark.[/] Accuracy by default, and with it ablated by request:")
     for text, before, after in story.summary:
         console.print(f"   {text:<36} {_bar(before, 'yellow')} {before:>4.0%}   {_bar(after, 'green')} {after:>4.0%}")
     same = "did not change" if story.unchanged_defaults else "[bold red]CHANGED[/]"

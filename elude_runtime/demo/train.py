@@ -1,8 +1,8 @@
 """Trains the demo network from scratch on generated pictures: `python -m elude_runtime.demo.train --out DIR`.
 
-A first cycle is ordinary supervised training. Two more add interchange training (Geiger et al. 2022): the effect of the
-watermark is made to flow through the patch tokens of one known layer, so that where it can be found and ablated has a
-true answer. They use no other labels, and the watermark stays absent from all other classes.
+A first cycle is ordinary supervised training. Three more add interchange training (Geiger et al. 2022): the effect of
+the watermark is made to flow through the patch tokens of one known layer, so that where it can be found and ablated has
+a true answer. They use no other labels, and the watermark stays absent from all other classes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cycle:
     interchange: bool
 
 
-CYCLES = (Cycle(14, 1e-3, False), Cycle(6, 7e-4, True), Cycle(6, 5e-4, True))
+CYCLES = (Cycle(14, 1e-3, False), Cycle(6, 7e-4, True), Cycle(6, 5e-4, True), Cycle(6, 4e-4, True))
 
 
 def jitter(images: np.ndarray, rng: np.random.Generator) -> Tensor:
