@@ -436,7 +436,11 @@ def test_the_command_starts_in_the_background_and_stops_by_its_folder(store: Pat
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_in_the_foreground_stops_everything_when_it_is_stopped(store: Path, number: int) -> None:
     running = subprocess.Popen(
-        command("--model-store", str(store), "--models", "good.mar", "--foreground"), stdout=subprocess.PIPE, text=True
+        command("--model-store", str(store), "--models", "good.mar", "--foreground"),
+        stdout=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in its background hands down an ignored SIGINT, which Python then leaves ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert running.stdout is not None
     screen = []
