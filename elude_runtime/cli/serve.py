@@ -50,17 +50,23 @@ def serve(
         with Console(stderr=True).status("Starting TorchServe and loading " + ", ".join(server.names)):
             server.start()
             server.wait_ready(timeout)
-        print(json.dumps(_facts(server), indent=2) if as_json else _screen(server, foreground), flush=True)
+        if not foreground:
+            _show(server, foreground, as_json)
     except BaseException as error:
         server.stop(keep_run_dir=isinstance(error, EludeError))
         raise
     if foreground:
-        _stay(server)
+        _stay(server, as_json)
 
 
-def _stay(server: Server) -> None:
-    """Waits for Ctrl-C or the server's end, and leaves nothing running."""
+def _show(server: Server, foreground: bool, as_json: bool) -> None:
+    print(json.dumps(_facts(server), indent=2) if as_json else _screen(server, foreground), flush=True)
+
+
+def _stay(server: Server, as_json: bool) -> None:
+    """Shows the screen, waits for Ctrl-C or the server's end, and leaves nothing running."""
     try:
+        _show(server, True, as_json)  # whoever reads it may press Ctrl-C at once
         status = server.wait()
     except KeyboardInterrupt:
         with Console(stderr=True).status("Stopping"):
