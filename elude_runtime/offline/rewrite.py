@@ -124,7 +124,7 @@ def describe_model(model: nn.Module, factory: str | None, args: dict[str, Any] |
         arguments = {"num_classes": model.num_classes} if args is None and hasattr(model, "num_classes") else args or {}
         again = build_timm(name, arguments)
         described = BaseModel(model, ModelSource(kind="timm", name=name, args=arguments))
-    if repr(model) == repr(again) and _same_network(model, again, model.state_dict()):
+    if repr(model) == repr(again) and _same_network(model, again, DataConfig.of_model(model).input_size):
         return described
     raise ModelError(
         f"{described.source.name} built again is another network than the one given; name its arguments with "
@@ -132,11 +132,10 @@ def describe_model(model: nn.Module, factory: str | None, args: dict[str, Any] |
     )
 
 
-def _same_network(model: nn.Module, again: nn.Module, tensors: dict[str, Tensor]) -> bool:
-    """Whether `again`, with the same tensors, answers two random images bit for bit as `model` does."""
+def _same_network(model: nn.Module, again: nn.Module, size: tuple[int, int, int]) -> bool:
+    """Whether `again`, with the same tensors, answers two random images of that size bit for bit as `model` does."""
     try:
-        load_weights(again, tensors, "the model")
-        size = DataConfig.of_model(model).input_size
+        load_weights(again, {n: t.cpu() for n, t in model.state_dict().items()}, "the model")
         first = next(model.parameters())
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
         with borrowed(model), borrowed(again, first.device), torch.no_grad():
@@ -185,6 +184,14 @@ def rewrite_checkpoint(
         chosen = choose_layers(find_split_layers(model, data.input_size), layers)
         modules = dict(model.named_modules())
         with new_directory(out, force=force) as work:
+            carried = _carry(base, work)
+            if carried:  # the carried copy must build the same network, or the checkpoint could not be loaded
+                copy = Factory(work / "factory" / str(base.source.file), str(base.source.function))
+                if not _same_network(model, copy.build(base.source.args)[0], data.input_size):
+                    raise ModelError(
+                        "The factory's files, copied into the checkpoint, build another network; let the factory open "
+                        "what it needs with Python, from its own folder."
+                    )
             statistics = _first_pass(model, chosen, modules, source, config, report)
             skipped, hashes = source.report.skipped, sorted(source.report.hashes)
             with tempfile.TemporaryDirectory(prefix="tokens.", dir=work) as folder:
@@ -196,7 +203,6 @@ def rewrite_checkpoint(
             own = {n: t for name, p in partitions.items() for n, t in partition_tensors(name, p).items()}
             tensors = {n: t.detach().cpu() for n, t in model.state_dict().items()}
             calibration = torch.tensor([list(h) for h in hashes], dtype=torch.uint8)
-            carried = _carry(base, work)
             entries = [_entry(s, partitions[s.layer.name], config) for s in statistics]
             manifest = Manifest(
                 format_version=1,
@@ -219,13 +225,6 @@ def rewrite_checkpoint(
             manifest = _measure_attribution(model, manifest, partitions, source, report)
             write_tensors(work, {**tensors, **own, CALIBRATION_TENSOR: calibration})
             write_manifest(work, manifest)
-            if carried:  # the carried copy must build the same network, or the checkpoint could never be loaded
-                copy = Factory(work / "factory" / str(base.source.file), str(base.source.function))
-                if not _same_network(model, copy.build(base.source.args)[0], tensors):
-                    raise ModelError(
-                        "The factory's files, copied into the checkpoint, build another network; let the factory open "
-                        "what it needs with Python, from its own folder."
-                    )
         return RewriteResult(out, manifest, skipped)
 
 
