@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ def write_pictures(folder: Path, count: int, first: int = 0) -> Path:
     for number in range(first, first + count):
         picture(number).save(folder / f"{number:03}.png")
     return folder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.GNU_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
 
 
 def input_tensor(config: DataConfig, count: int, first: int = 100) -> Tensor:

@@ -1,146 +1,237 @@
-"""Image folders as batches: sorted files, timm's transform, unreadable images skipped, counted and named."""
+"""Images as numbered batches: files, shards or tensors, timm's transform, unreadable images skipped and named."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from elude_runtime.errors import ImagesError
-from elude_runtime.network.preprocessing import DataConfig, decode_image, to_input
+from elude_runtime.errors import ImagesError, SettingsError
+from elude_runtime.network.preprocessing import DataConfig
+from elude_runtime.offline.image_files import ImageFiles, Progress, find_images, spread
+from elude_runtime.offline.image_loading import HASH_BYTES, Batch, image_hash, load
 
-Progress = Callable[[str, int, int | None], None]  # (stage, newly done, total if known)
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+__all__ = ["Batch", "ImageHashes", "ImageReport", "ImageSource", "Progress", "image_hash"]
 
 
-def list_images(folder: Path, limit: int | None = None) -> list[Path]:
-    """The image files below `folder`, sorted by path; with a limit, that many spread evenly over the list.
+class ImageHashes(Sequence[bytes]):
+    """Content hashes as a sequence, 16 bytes each in memory."""
 
-    ImagesError for a folder that is not there or holds none.
-    """
-    if not folder.is_dir():
-        raise ImagesError(f"The image folder {folder} is not there.")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise ImagesError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}); give a folder of typical inputs.")
-    if limit is not None and limit < len(files):
-        files = [files[i * len(files) // limit] for i in range(limit)]
-    return files
+    def __init__(self, data: bytes = b"") -> None:
+        self.data = bytearray(data)
+
+    def extend(self, data: bytes) -> None:
+        """Add hashes that stand one after the other."""
+        self.data += data
+
+    def in_order(self) -> bytes:
+        """All of them sorted, one after the other: the same as b"".join(sorted(self)), without an object a hash."""
+        halves = np.frombuffer(bytes(self.data), ">u8").reshape(-1, 2)
+        return halves[np.lexsort((halves[:, 1], halves[:, 0]))].tobytes()
+
+    def __len__(self) -> int:
+        return len(self.data) // HASH_BYTES
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        chosen = range(len(self))[index]
+        if isinstance(chosen, range):
+            return [self[i] for i in chosen]
+        return bytes(self.data[chosen * HASH_BYTES : (chosen + 1) * HASH_BYTES])
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass
 class ImageReport:
     """What was met on the way: content hashes (first 16 bytes of SHA-256) and files skipped with the reason."""
 
-    hashes: list[bytes] = field(default_factory=list)
+    hashes: ImageHashes = field(default_factory=ImageHashes)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-
-
-class _Files(Dataset):
-    def __init__(self, files: list[Path], config: DataConfig) -> None:
-        self.files, self.transform = files, config.transform()
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, bytes, str, str]:
-        file = self.files[index]
-        try:
-            data = file.read_bytes()
-            return to_input(decode_image(data), self.transform), image_hash(data), str(file), ""
-        except (ImagesError, OSError) as error:
-            return None, b"", str(file), str(error)
 
 
 class ImageSource:
     """Images that can be read again and again, in the same batches each time: `[B, 3, H, W]` float32.
 
-    From a folder or list of files, a tensor [N, 3, H, W], or an iterable of batches that can be iterated twice.
+    images: a folder of images or of tar shards, a text file of paths (.txt, .lst), a tar shard, a brace pattern
+    (`train-{0000..1023}.tar`), a list of image files or of shards; or a tensor [N, 3, H, W], or an iterable of such
+    batches that can be iterated twice. workers: processes that decode files. limit: use that many, of files spread
+    evenly over them, of tensors the first. ImagesError for a source that is not there or is empty.
     """
 
     def __init__(
         self,
-        images: Path | list[Path] | Tensor | Iterable[Tensor],
+        images: str | Path | list[str] | list[Path] | Tensor | Iterable[Tensor],
         config: DataConfig,
         *,
         batch_size: int = 25,
         workers: int = 0,
         limit: int | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self.batch_size, self.workers, self.config = batch_size, workers, config
-        self.limit = limit
+        if batch_size < 1 or workers < 0 or (limit is not None and limit < 1):
+            raise SettingsError("The batch size and the number of images are at least 1, workers at least 0.")
+        self.batch_size, self.workers, self.config, self.limit = batch_size, workers, config, limit
         self.report = ImageReport()
-        self._files: list[Path] | None = None
-        self._tensors: Tensor | Iterable[Tensor] | None = None
-        if isinstance(images, Path):
-            self._files = list_images(images, limit)
-        elif isinstance(images, list) and images and isinstance(images[0], Path):
-            self._files = images[:limit]
+        self._files: ImageFiles | None = None
+        self._tensors: Tensor | Iterable[Any] = ()
+        self._chosen: Tensor | None = None  # of what `at` gives: the places in this source's files or tensor
+        if isinstance(images, str | Path) or (
+            isinstance(images, list) and images and all(isinstance(i, str | Path) for i in images)
+        ):
+            files = find_images(images, progress)  # type: ignore[arg-type]
+            self._files = files if limit is None or limit >= len(files) else files.take(spread(len(files), limit))
         elif isinstance(images, Tensor):
+            self._check(images)
             self._tensors = images[:limit]
+        elif iter(images) is images:
+            raise ImagesError("The images are read twice: give a list of batches or a DataLoader, not a generator.")
         else:
-            if iter(images) is images:
-                raise ImagesError("The images are read twice: give a list of batches or a DataLoader, not a generator.")
-            self._tensors = images  # type: ignore[assignment]
+            self._tensors = images
+
+    @property
+    def has_files(self) -> bool:
+        """Whether there are encoded images behind it, for `name`, `read` and `encoded`, and not tensors."""
+        return self._files is not None
 
     @property
     def count(self) -> int | None:
-        """Number of images where it is known beforehand."""
+        """Number of images, readable or not, where it is known beforehand."""
+        if self._chosen is not None:
+            return len(self._chosen)
         if self._files is not None:
             return len(self._files)
         return len(self._tensors) if isinstance(self._tensors, Tensor) else None
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over what makes the batches: names and sizes of the files (wherever they lie) or the content of the
+        tensors, batch size, limit and data configuration. Empty for an iterable that is no list: it cannot be told."""
+        settings = {"batch_size": self.batch_size, "limit": self.limit, "data": self.config.as_dict()}
+        sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        given: Iterable[Any] = self._tensors.split(1) if isinstance(self._tensors, Tensor) else self._tensors
+        if self._files is not None:
+            for part in self._files.identity():
+                sha.update(part)
+        elif not isinstance(given, list | tuple):
+            return ""
+        for batch in map(_tensor_of, given):
+            sha.update(f"{list(batch.shape)} {batch.dtype}".encode())
+            sha.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if self._chosen is not None:
+            sha.update(self._chosen.numpy().tobytes())
+        return sha.hexdigest()
+
+    def at(self, places: Tensor) -> ImageSource:
+        """The images at these places (int64, ascending) alone, in batches of their own numbers that still tell the
+        places in this source. An iterable of batches cannot be reached by place: the source itself."""
+        if self._files is None and not isinstance(self._tensors, Tensor):
+            return self
+        part = copy.copy(self)
+        part.__dict__.pop("digest", None)
+        part._chosen, part.report = places.cpu(), ImageReport()
+        return part
+
+    def numbered(self, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The batches whose number is at least `start` and leaves `rank` when divided by `world`, in order.
+
+        The others are not read (an iterable of batches has to be run through, though). A batch without a single
+        readable image comes too, with an empty `images`. `report` stays as it is. ImagesError when a decoding process
+        dies, or for a batch that is no [N, 3, H, W].
+        """
+        assert start >= 0 and 0 <= rank < world
+        select = slice(start + (rank - start) % world, None, world)
+        if self._files is not None:
+            places = None if self._chosen is None else self._chosen.numpy()
+            return load(self._files, places, self.config, self.batch_size, select, self.workers)
+        if isinstance(self._tensors, Tensor):
+            return self._of_tensor(self._tensors, select)
+        return self._of_batches(self._tensors, select)
+
     def batches(self) -> Iterator[Tensor]:
-        """One pass over the images; fills `report` afresh. ImagesError when not a single image could be read."""
+        """One pass over all images, [B, 3, H, W] with B > 0; fills `report` afresh. ImagesError when not a single image
+        could be read."""
         self.report = report = ImageReport()
-        total = 0
-        for batch in self._file_batches(report) if self._files is not None else self._tensor_batches(report):
-            total += len(batch)
-            yield batch
-        if not total:
-            reason = f" The first: {report.skipped[0][0]}: {report.skipped[0][1]}" if report.skipped else ""
-            raise ImagesError(f"None of the {len(report.skipped)} images could be read.{reason}")
+        for batch in self.numbered():
+            report.hashes.extend(batch.hashes)
+            report.skipped += batch.skipped
+            if len(batch.images):
+                yield batch.images
+        if not len(report.hashes) and not report.skipped:
+            raise ImagesError("There are no images; give at least one.")
+        if not len(report.hashes):
+            first = ": ".join(report.skipped[0])
+            raise ImagesError(f"None of the {len(report.skipped)} images could be read. The first: {first}")
 
-    def _file_batches(self, report: ImageReport) -> Iterator[Tensor]:
-        assert self._files is not None
-        loader: Any = DataLoader(
-            _Files(self._files, self.config), self.batch_size, num_workers=self.workers, collate_fn=list
-        )
-        pending: list[Tensor] = []
-        for items in loader:
-            for tensor, digest, file, problem in items:
-                if tensor is None:
-                    report.skipped.append((file, problem))
-                else:
-                    pending.append(tensor)
-                    report.hashes.append(digest)
-                if len(pending) == self.batch_size:
-                    yield torch.stack(pending)
-                    pending = []
-        if pending:
-            yield torch.stack(pending)
+    def name(self, place: int) -> str:
+        """The file at a place (`shard.tar/member.jpg` in a shard); for tensors, the place."""
+        return self._files.name(place) if self._files is not None else str(place)
 
-    def _tensor_batches(self, report: ImageReport) -> Iterator[Tensor]:
-        source = self._tensors
-        batches = source.split(self.batch_size) if isinstance(source, Tensor) else source
-        for item in batches or ():
-            batch = item[0] if isinstance(item, list | tuple) else item
-            if batch.dim() != 4 or tuple(batch.shape[1:]) != tuple(self.config.input_size):
-                expected = ", ".join(map(str, self.config.input_size))
-                raise ImagesError(f"A batch of images has the shape [N, {expected}], not {list(batch.shape)}.")
-            batch = batch[: None if self.limit is None else self.limit - len(report.hashes)]
-            if not len(batch):
+    def read(self, place: int) -> bytes:
+        """The encoded image at a place. OSError or ImagesError where it cannot be read or there are no files."""
+        if self._files is None:
+            raise ImagesError("These images are tensors; give files for what needs the pictures themselves.")
+        return self._files.read(place)
+
+    def encoded(self, limit: int | None = None) -> Iterator[bytes]:
+        """The encoded images, as they lie in their files; at most `limit`, spread evenly over the source, less those
+        that cannot be read. None at all for tensors."""
+        files, chosen = self._files, self._chosen
+        if files is None:
+            return
+        places = np.arange(len(files)) if chosen is None else chosen.numpy()
+        for place in places if limit is None else places[spread(len(places), limit)]:
+            try:
+                data = files.read(int(place))
+            except (ImagesError, OSError):
+                continue
+            yield data
+
+    def _of_tensor(self, images: Tensor, select: slice) -> Iterator[Batch]:
+        places = torch.arange(len(images)) if self._chosen is None else self._chosen
+        for number in range(-(-len(places) // self.batch_size))[select]:
+            where = places[number * self.batch_size : (number + 1) * self.batch_size]
+            yield _given(number, where, images[where.to(images.device)])
+
+    def _of_batches(self, batches: Iterable[Any], select: slice) -> Iterator[Batch]:
+        place = 0
+        for number, batch in enumerate(map(_tensor_of, batches)):
+            self._check(batch)
+            batch = batch[: None if self.limit is None else self.limit - place]
+            if number >= select.start and (number - select.start) % select.step == 0:
+                yield _given(number, torch.arange(place, place + len(batch)), batch)
+            place += len(batch)
+            if place == self.limit:
                 return
-            report.hashes += [image_hash(image.contiguous().numpy().tobytes()) for image in batch.cpu().float()]
-            yield batch.float()
+
+    def _check(self, batch: Tensor) -> None:
+        if batch.dim() != 4 or tuple(batch.shape[1:]) != tuple(self.config.input_size):
+            expected = ", ".join(map(str, self.config.input_size))
+            raise ImagesError(f"A batch of images has the shape [N, {expected}], not {list(batch.shape)}.")
 
 
-def image_hash(data: bytes) -> bytes:
-    """Content hash of an image file (or of a preprocessed tensor's bytes): the first 16 bytes of its SHA-256."""
-    return hashlib.sha256(data).digest()[:16]
+def _tensor_of(item: Any) -> Tensor:
+    """The images of what a DataLoader gives: a tensor, or images with labels."""
+    return item[0] if isinstance(item, list | tuple) else item
+
+
+def _given(number: int, places: Tensor, images: Tensor) -> Batch:
+    images = images.detach().float()
+    return Batch(
+        number, places, images, b"".join(image_hash(i.contiguous().numpy().tobytes()) for i in images.cpu()), []
+    )
