@@ -130,9 +130,8 @@ def gradients(
     if steps is None:
         path, weights = y.clone(), torch.ones(1, device=y.device)
     else:
-        nodes, node_weights = np.polynomial.legendre.leggauss(steps)
-        a = torch.tensor((nodes + 1) / 2, dtype=y.dtype, device=y.device)
-        weights = torch.tensor(node_weights / 2, dtype=torch.float32, device=y.device)
+        nodes = torch.tensor(path_nodes(steps), device=y.device)
+        a, weights = nodes[:, 0].to(y.dtype), nodes[:, 1].float()
         path = c + a.view(-1, *[1] * (y.dim() - 1)) * (y - c)
     found = [torch.zeros_like(state.linear.tokens(y), dtype=torch.float32) for _ in targets]
     for part, part_weights in zip(path.split(_TAIL_ROWS), weights.split(_TAIL_ROWS), strict=True):
@@ -145,6 +144,14 @@ def gradients(
                 tokens = state.linear.tokens(gradient).float()
                 found[position] += (tokens * part_weights[:, None, None]).sum(0, keepdim=True)
     return found
+
+
+def path_nodes(steps: int | None) -> list[tuple[float, float]]:
+    """(a, weight) of the points c + a (y - c) whose gradients are averaged: Gauss-Legendre on (0, 1), or y itself."""
+    if steps is None:
+        return [(1.0, 1.0)]
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    return [((a + 1) / 2, w / 2) for a, w in zip(nodes.tolist(), weights.tolist(), strict=True)]
 
 
 def _top(state: SplitState, subunits: list[Tensor], options: ExplainOptions) -> list[tuple[Feature, float]]:

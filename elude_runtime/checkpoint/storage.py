@@ -161,7 +161,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """model.safetensors. Tensors that share memory (tied weights) are stored each under its own name."""
-    own = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    own: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != plain.nbytes:  # safetensors takes no shared memory
+            plain = plain.clone()
+        taken.add(plain.untyped_storage().data_ptr())
+        own[name] = plain
     try:
         save_file(own, directory / TENSORS, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:

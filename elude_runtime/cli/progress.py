@@ -25,7 +25,7 @@ class Stages:
 
 
 @contextmanager
-def stages() -> Iterator[Stages]:
+def stages(visible: bool = True) -> Iterator[Stages]:
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=not console.is_terminal, disable=not visible) as bar:
         yield Stages(bar)

@@ -1,29 +1,32 @@
 """Token statistics of the calibration images, streamed: what the partition needs, in memory that no image count grows.
 
-Pass one keeps, per layer and token type, the mean input, the ids of the tokens at both ends of every neuron, and a
-uniform token sample. Pass two reads the inputs of the chosen tokens into a file.
+One pass keeps, per layer and token type, the mean input, and as indices only the tokens at both ends of every neuron
+and a uniform token sample; a second pass reads what these tokens hold (`token_store`). Every result is independent of
+which process saw which batch, and in which order.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.split_layers import SplitLayer
-from elude_runtime.offline.images import ImageSource
+from elude_runtime.offline.images import Batch
 from elude_runtime.partition import SplitConfig
 
 SAMPLE_TOKENS = 6000
-_SPARE = 1.25  # candidates kept beyond N, so that dropping norm outliers leaves enough
-_NORM_BINS = np.geomspace(1e-6, 1e9, 3001)
+_PATCH_FLOATS = 16_000_000  # inputs unfolded at once: 64 MB of float32
+_LOWEST = -(2**31) + 1  # below the rank of every float32 that is a number
+_NOTHING = -(2**31)  # where there is no token
+
+_Kept = tuple[Tensor, Tensor]  # ranks int32 [N, d] and ids int64 [N, d] of tokens
+
+State = dict[str, Any]  # tensors, numbers and strings: what torch.save writes and reads back without unpickling code
 
 
 class StopForward(Exception):
@@ -36,8 +39,10 @@ def layer_inputs(model: nn.Module, names: list[str], seen: dict[str, tuple[Tenso
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, out: Tensor) -> None:
-            seen[name] = (args[0].clone(), out.clone())  # glue code may change either in place
-            if len(seen) == len(names):
+            last = len(seen) == len(names) - 1
+            # glue code may change either in place, but no more once the pass has stopped
+            seen[name] = (args[0], out) if last else (args[0].clone(), out.clone())
+            if last:
                 raise StopForward
 
         return hook
@@ -52,163 +57,249 @@ def layer_inputs(model: nn.Module, names: list[str], seen: dict[str, tuple[Tenso
 
 
 def run_layers(
-    model: nn.Module, layers: list[SplitLayer], source: ImageSource, progress: Callable[[int], None] | None = None
-) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
-    """One pass over the images: (index of the batch's first image, {layer: (input, output)}) for every batch."""
+    model: nn.Module, layers: list[SplitLayer], batches: Iterable[Batch]
+) -> Iterator[tuple[Batch, dict[str, tuple[Tensor, Tensor]]]]:
+    """One pass: every batch with {layer: (input, output)}; nothing in it for a batch without a readable image."""
     parameter = next(model.parameters())
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    first = 0
     with layer_inputs(model, [layer.name for layer in layers], seen), torch.no_grad():
-        for images in source.batches():
+        for batch in batches:
             seen.clear()
-            with suppress(StopForward):
-                model(images.to(parameter.device, parameter.dtype))
-            yield first, seen
-            first += len(images)
-            if progress:
-                progress(len(images))
+            if len(batch.places):
+                with suppress(StopForward):
+                    model(batch.images.to(parameter.device, parameter.dtype))
+            yield batch, seen
+
+
+def token_inputs(linear: LinearMap, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(images, what their tokens read [b, T, G, n, q]) for the layer's input x [B, ...], a few images at a time where
+    unfolding makes it larger."""
+    if linear.positions == 1:
+        yield slice(0, len(x)), linear.patches(x)
+        return
+    step = max(1, _PATCH_FLOATS // (x[0].numel() * linear.positions))
+    for start in range(0, len(x), step):
+        images = slice(start, min(start + step, len(x)))
+        yield images, linear.patches(x[images])
+
+
+class ExactSum:
+    """A float64 sum in two parts (Knuth's TwoSum), so exact that the order of its terms cannot be told from it."""
+
+    def __init__(self) -> None:
+        self.high: Tensor | None = None
+        self.low: Tensor | None = None
+
+    def add(self, term: Tensor) -> None:
+        if self.high is None or self.low is None:
+            self.high, self.low = term.clone(), torch.zeros_like(term)
+            return
+        total = self.high + term
+        back = total - self.high
+        self.low += (self.high - (total - back)) + (term - back)
+        self.high = total
+
+    @property
+    def value(self) -> Tensor:
+        if self.high is None or self.low is None:
+            raise ValueError("nothing was added")
+        return self.high + self.low
 
 
 class EndTokens:
-    """The N tokens with the largest and the N with the smallest output of every neuron, as ids.
+    """The N tokens with the largest and the N with the smallest output of every neuron, as ids image * T_p + token.
 
-    A token's id is image * T_p + token. Ties go to the earlier image.
+    Equal outputs are ordered by id. A token whose input norm is over the limit comes after all others.
     """
 
     def __init__(self, config: SplitConfig, tokens: int) -> None:
         self.config, self.tokens = config, tokens
-        self.keep = int(config.tokens * _SPARE)
-        self.best: list[tuple[Tensor, Tensor, Tensor] | None] = [None, None]  # values, ids, norms of each end
-        self.norms = np.zeros(len(_NORM_BINS) + 1, dtype=np.int64)
+        self.best: list[tuple[Tensor, Tensor] | None] = [
+            None,
+            None,
+        ]  # of each end: ranks [N, d], ids [N, d], best first
+        self.fresh: list[list[_Kept]] = [[], []]  # not yet sorted in
         self.count = 0
 
-    def add(self, first: int, y: Tensor, norms: Tensor) -> None:
-        """y [B, T_p, d] outputs and norms [B, T_p] of the inputs of a batch whose first image has index `first`."""
+    def add(self, places: Tensor, y: Tensor, outlier: Tensor) -> None:
+        """y [B, T_p, d] outputs of the images at `places` [B], ascending from call to call; outlier [B, T_p]."""
         self.count += y.shape[0] * y.shape[1]
-        self.norms += np.bincount(np.digitize(norms.cpu().numpy().ravel(), _NORM_BINS), minlength=len(self.norms))
-        images = torch.arange(first, first + len(y), device=y.device)[:, None, None]
         take = min(self.config.per_image, y.shape[1])
-        by_neuron = y.transpose(1, 2).contiguous()  # [B, d, T_p]
-        for end, sign in enumerate((1.0, -1.0)):
-            values, token = (part.transpose(1, 2) for part in (sign * by_neuron).topk(take, dim=2))
-            ids = images * self.tokens + token
-            norm = norms[:, :, None].expand_as(y).gather(1, token)
-            fresh = (values.flatten(0, 1), ids.flatten(0, 1), norm.flatten(0, 1))
-            old = self.best[end]
-            merged = fresh if old is None else tuple(torch.cat([a, b]) for a, b in zip(old, fresh, strict=True))
-            # a stable sort with the earlier images first orders equal values by image
-            order = merged[0].sort(dim=0, descending=True, stable=True).indices[: self.keep]
-            self.best[end] = tuple(m.gather(0, order) for m in merged)  # type: ignore[assignment]
+        position = torch.arange(self.tokens, device=y.device)
+        first_id = places.to(y.device) * self.tokens
+        for end in range(2):
+            ranks = float_ranks(y if end == 0 else -y).masked_fill_(outlier[..., None], _LOWEST).transpose(1, 2)
+            ranks = ranks.contiguous()  # [B, d, T_p]
+            # Only an image whose best token beats the N-th so far has anything to add; an equal one comes later.
+            best = self.best[end]
+            full = best is not None and len(best[0]) == self.config.tokens
+            image, neuron = (ranks.amax(2) > (best[0][-1] if best is not None and full else _NOTHING)).nonzero().T
+            # rank and token in one number: no two are equal, and the largest is the best rank's first token
+            keys = ranks[image, neuron].long().mul_(2**32).sub_(position)
+            top = keys.topk(take, dim=1).values
+            token = -top % 2**32
+            fresh = torch.full((len(y), y.shape[2], take), _NOTHING, dtype=torch.int32, device=y.device)
+            ids = torch.zeros_like(fresh, dtype=torch.int64)
+            fresh[image, neuron] = ((top + token) // 2**32).int()
+            ids[image, neuron] = first_id[image, None] + token
+            self._take_in(end, (fresh.transpose(1, 2).flatten(0, 1), ids.transpose(1, 2).flatten(0, 1)))
+
+    def merge(self, other: EndTokens) -> None:
+        """Take in what another process kept of other images."""
+        self.count += other.count
+        for end in range(2):
+            if kept := other._sorted(end):
+                self._take_in(end, kept)
 
     def ends(self) -> list[Tensor]:
-        """int64 [d, N] ids, best first, for the positive and the negative end; tokens whose input norm is an outlier
-        only stand where there are not enough others. N is at most half of all tokens, so that the ends stay apart."""
-        limit = self.config.outlier * self.median_norm()
+        """int64 [d, N] ids, best first, for the positive and the negative end. N is at most half of all tokens, so
+        that the ends stay apart."""
         wanted = max(1, min(self.config.tokens, self.count // 2))
-        found = []
-        for best in self.best:
-            assert best is not None
-            _, ids, norms = best
-            order = (norms > limit).sort(dim=0, stable=True).indices
-            found.append(ids.gather(0, order)[:wanted].T.contiguous())
-        return found
+        kept = [self._sorted(end) for end in range(2)]
+        return [ids[:wanted].T.contiguous().cpu() for _, ids in filter(None, kept)]
 
-    def median_norm(self) -> float:
-        middle = int(np.searchsorted(self.norms.cumsum(), (self.norms.sum() + 1) // 2))
-        return float(_NORM_BINS[min(middle, len(_NORM_BINS) - 1)])
+    def _take_in(self, end: int, kept: _Kept) -> None:
+        self.fresh[end].append(kept)
+        if sum(len(ranks) for ranks, _ in self.fresh[end]) >= self.config.tokens:
+            self._sorted(end)
+
+    def _sorted(self, end: int) -> _Kept | None:
+        """What is kept of an end, nothing left unsorted; None before the first image."""
+        best = self.best[end]
+        if self.fresh[end]:
+            parts = [*([best] if best else []), *self.fresh[end]]
+            ranks, ids = torch.cat([r for r, _ in parts]), torch.cat([i for _, i in parts])
+            by_id = ids.sort(dim=0)
+            ranks = ranks.gather(0, by_id.indices)
+            order = ranks.sort(dim=0, descending=True, stable=True).indices[: self.config.tokens]
+            best = ranks.gather(0, order), by_id.values.gather(0, order)
+            self.best[end], self.fresh[end] = best, []
+        return best
+
+    def state(self) -> State:
+        kept = [self._sorted(end) for end in range(2)]
+        return {"best": [k and tuple(part.cpu() for part in k) for k in kept], "count": self.count}
+
+    def restore(self, state: State, device: torch.device) -> None:
+        self.best = [k and (k[0].to(device), k[1].to(device)) for k in state["best"]]
+        self.count = state["count"]
+
+
+def float_ranks(values: Tensor) -> Tensor:
+    """int32 numbers in the order of the float32 values; both zeros are one."""
+    bits = (values.float() + 0.0).view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 class TokenSample:
-    """A uniform sample of tokens: those with the smallest of random numbers that depend on seed and image alone, so
-    that neither the batch size nor the number of images changes which of the same tokens are drawn."""
+    """A uniform sample of tokens, as ids: those with the smallest of random numbers that depend on the seed and the
+    image's place alone."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self.priorities: list[Tensor] = []
-        self.parts: list[Tensor] = []
-        self.pending = 0
-        self.threshold = torch.inf  # the largest random number that is still in the sample
+    def __init__(self, size: int, seed: int, tokens: int) -> None:
+        self.size, self.seed, self.tokens = size, seed, tokens
+        self.draws = torch.empty(0, dtype=torch.float64)
+        self.ids = torch.empty(0, dtype=torch.int64)
 
-    def add(self, first: int, reads: Tensor) -> None:
-        """reads [B, T_p, ...]: the inputs of a batch's tokens."""
-        for offset, image in enumerate(reads):
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + first + offset) % 2**63)
-            draws = torch.rand(len(image), generator=generator, dtype=torch.float64)
-            chosen = (draws < self.threshold).nonzero()[:, 0]
-            self.priorities.append(draws[chosen])
-            self.parts.append(image[chosen.to(image.device)].cpu())
-            self.pending += len(chosen)
-            if self.pending > 2 * self.size:
-                self._cut()
+    def add(self, places: Tensor) -> None:
+        draws, ids = [self.draws], [self.ids]
+        for place in places.tolist():
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + place) % 2**63)
+            drawn = torch.rand(self.tokens, generator=generator, dtype=torch.float64)
+            draws.append(drawn)
+            ids.append(torch.arange(self.tokens) + place * self.tokens)
+        self._keep(torch.cat(draws), torch.cat(ids))
+
+    def merge(self, other: TokenSample) -> None:
+        self._keep(torch.cat([self.draws, other.draws]), torch.cat([self.ids, other.ids]))
 
     def take(self) -> Tensor:
-        """[S, ...], at most `size` tokens, in order of their random numbers."""
-        self._cut()
-        return self.parts[0]
+        """int64 [S] ids in ascending order, S at most `size`."""
+        return self.ids.sort().values
 
-    def _cut(self) -> None:
-        priority, inputs = torch.cat(self.priorities), torch.cat(self.parts)
-        order = priority.sort(stable=True).indices[: self.size]
-        self.priorities, self.parts, self.pending = [priority[order]], [inputs[order]], len(order)
-        if len(order) == self.size:
-            self.threshold = float(self.priorities[0][-1])
+    def _keep(self, draws: Tensor, ids: Tensor) -> None:
+        order = draws.sort(stable=True).indices[: self.size] if len(draws) > self.size else slice(None)
+        self.draws, self.ids = draws[order], ids[order]
+
+    def state(self) -> State:
+        return {"draws": self.draws, "ids": self.ids}
+
+    def restore(self, state: State) -> None:
+        self.draws, self.ids = state["draws"], state["ids"]
 
 
 class LayerStatistics:
-    """What pass one keeps of one layer, per live token type."""
+    """What pass one keeps of one layer, per token type."""
 
     def __init__(self, layer: SplitLayer, linear: LinearMap, config: SplitConfig) -> None:
-        self.layer, self.linear = layer, linear
+        self.layer, self.linear, self.config = layer, linear, config
         self.types = [t for t, live in enumerate(layer.live) if live]
-        spans = layer.layout.slices
-        self.tokens = [s.stop - s.start for s in spans]
+        self.tokens = [s.stop - s.start for s in layer.layout.slices]
         self.ends = {t: EndTokens(config, self.tokens[t]) for t in self.types}
-        self.samples = {t: TokenSample(SAMPLE_TOKENS, config.seed) for t in self.types}
-        self.sums: dict[int, Tensor] = {}
-        self.counts = [0] * len(spans)
+        self.samples = {t: TokenSample(SAMPLE_TOKENS, config.seed, self.tokens[t]) for t in self.types}
+        self.sums = [ExactSum() for _ in self.tokens]
+        self.counts = [0] * len(self.tokens)
+        self.limits = [float("inf")] * len(self.tokens)
 
-    def add(self, first: int, x: Tensor, y: Tensor) -> None:
-        reads = self.linear.patches(x)  # [B, T, G, n, q]
+    def set_limits(self, x: Tensor) -> None:
+        """Norm limits from the layer's input on a few images: a multiple of each token type's median norm."""
+        norms = torch.cat([reads.flatten(2).norm(dim=2) for _, reads in token_inputs(self.linear, x)])
+        medians = [float(norms[:, span].float().median()) for span in self.layer.layout.slices]
+        self.limits = [self.config.outlier * m if m > 0 else float("inf") for m in medians]
+
+    def add(self, places: Tensor, x: Tensor, y: Tensor) -> None:
+        """Input x and output y of the layer, in its own layout, for the images at `places`."""
         outputs = self.linear.tokens(y).float()
-        norms = reads.flatten(2).norm(dim=2)
+        totals: list[list[Tensor]] = [[] for _ in self.tokens]
+        norms = []
+        for _, reads in token_inputs(self.linear, x):
+            norms.append(reads.flatten(2).norm(dim=2))
+            for t, span in enumerate(self.layer.layout.slices):
+                totals[t].append(reads[:, span].sum(1).sum(0, dtype=torch.float64))
+        norm = torch.cat(norms)
         for t, span in enumerate(self.layer.layout.slices):
-            total = reads[:, span].sum((0, 1), dtype=torch.float64)
-            self.sums[t] = total if t not in self.sums else self.sums[t] + total
-            self.counts[t] += reads.shape[0] * self.tokens[t]
+            self.sums[t].add(torch.stack(totals[t]).sum(0))
+            self.counts[t] += len(places) * self.tokens[t]
             if t in self.ends:
-                self.ends[t].add(first, outputs[:, span], norms[:, span])
-                self.samples[t].add(first, reads[:, span])
+                self.ends[t].add(places, outputs[:, span], norm[:, span] > self.limits[t])
+                self.samples[t].add(places)
 
     def mean(self, token_type: int) -> Tensor:
-        """float64 [G, n, q]: the exact mean input over all calibration tokens of the type."""
-        return self.sums[token_type] / max(1, self.counts[token_type])
+        """float64 [G, n, q]: the mean input over all calibration tokens of the type."""
+        return self.sums[token_type].value / self.counts[token_type]
 
+    def merge(self, other: LayerStatistics) -> None:
+        """Take in what another process kept of other images."""
+        for t, sums in enumerate(other.sums):
+            if sums.high is not None and sums.low is not None:
+                self.sums[t].add(sums.high)
+                self.sums[t].add(sums.low)
+            self.counts[t] += other.counts[t]
+        for t in self.types:
+            self.ends[t].merge(other.ends[t])
+            self.samples[t].merge(other.samples[t])
 
-class TokenStore:
-    """The inputs of chosen tokens, float32, in a file: read back by id."""
+    def state(self) -> State:
+        """Everything that images change."""
+        return {
+            "sums": [None if s.high is None or s.low is None else (s.high.cpu(), s.low.cpu()) for s in self.sums],
+            "counts": list(self.counts),
+            "limits": list(self.limits),
+            "ends": {t: e.state() for t, e in self.ends.items()},
+            "samples": {t: s.state() for t, s in self.samples.items()},
+        }
 
-    def __init__(self, path: Path, ids: Tensor, shape: tuple[int, ...]) -> None:
-        self.ids = ids.unique()
-        self.shape = shape
-        columns = int(np.prod(shape))
-        with path.open("wb") as file:  # a full disk is an error here, and would be a crash once the file is mapped
-            size = len(self.ids) * columns * 4
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:  # macOS
-                file.truncate(size)
-        self.rows = np.memmap(path, dtype=np.float32, mode="r+", shape=(len(self.ids), columns))
+    def restore(self, state: State) -> None:
+        device = self.linear.module.weight.device
+        for sums, kept in zip(self.sums, state["sums"], strict=True):
+            if kept is not None:
+                sums.high, sums.low = (part.to(device) for part in kept)
+        self.counts, self.limits = list(state["counts"]), list(state["limits"])
+        for t in self.types:
+            self.ends[t].restore(state["ends"][t], device)
+            self.samples[t].restore(state["samples"][t])
 
-    def add(self, first: int, reads: Tensor) -> None:
-        """Keep what was chosen of a batch: reads [B, T_p, ...]."""
-        tokens = reads.shape[1]
-        start, stop = torch.searchsorted(self.ids, torch.tensor([first * tokens, (first + len(reads)) * tokens]))
-        wanted = self.ids[start:stop] - first * tokens
-        if len(wanted):
-            self.rows[int(start) : int(stop)] = reads.flatten(0, 1).flatten(1)[wanted.to(reads.device)].cpu().numpy()
-
-    def read(self, ids: Tensor, groups: Tensor) -> Tensor:
-        """ids int64 [B, N], groups int64 [B] -> [B, N, n, q]: what the neurons of these groups read at the tokens."""
-        rows = torch.searchsorted(self.ids, ids.cpu().contiguous()).numpy()
-        by_group = self.rows.reshape(len(self.rows), *self.shape)
-        return torch.from_numpy(by_group[rows, groups.cpu().numpy()[:, None]])
+    def like(self, state: State) -> LayerStatistics:
+        """Statistics of the same layer from another process's state."""
+        other = LayerStatistics(self.layer, self.linear, self.config)
+        other.restore(state)
+        return other

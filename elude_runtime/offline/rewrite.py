@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from elude_runtime.checkpoint.manifest import (
     Calibration,
     LayerEntry,
     Manifest,
-    ModelSource,
     TokenTypeEntry,
+    read_manifest,
 )
 from elude_runtime.checkpoint.storage import (
     CALIBRATION_TENSOR,
@@ -34,18 +34,23 @@ from elude_runtime.checkpoint.storage import (
     write_tensors,
 )
 from elude_runtime.errors import ModelError, SettingsError
-from elude_runtime.network.build import Factory, borrowed, build_timm, carry_files, load_weights
-from elude_runtime.network.linear_map import LinearMap
+from elude_runtime.network.build import borrowed
 from elude_runtime.network.preprocessing import DataConfig
-from elude_runtime.network.split_layers import SplitLayer, choose_layers, find_split_layers
+from elude_runtime.network.split_layers import choose_layers, find_split_layers
 from elude_runtime.network.tokens import TYPE_NAMES
-from elude_runtime.offline.collect import LayerStatistics, TokenStore, run_layers
+from elude_runtime.offline.base_model import BaseModel, carry_factory, describe_model
+from elude_runtime.offline.collect import LayerStatistics
 from elude_runtime.offline.feature_table import write_table
-from elude_runtime.offline.images import ImageSource, Progress
-from elude_runtime.offline.layer_partition import partition_layer
+from elude_runtime.offline.images import HASH_BYTES, ImageSource, Progress
+from elude_runtime.offline.layer_partition import make_concepts, split_edges
+from elude_runtime.offline.passes import Passes
+from elude_runtime.offline.ranks import joined
+from elude_runtime.offline.resume import SAVE_SECONDS, Resume
 from elude_runtime.partition import REST_CONCEPT, Partition, SplitConfig
 
-COMPLETENESS_IMAGES = 24
+__all__ = ["BaseModel", "RewriteResult", "rewrite", "rewrite_checkpoint"]
+
+COMPLETENESS_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -57,19 +62,9 @@ class RewriteResult:
     skipped: list[tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class BaseModel:
-    """A base model with its weights, and how it is built again without them."""
-
-    model: nn.Module
-    source: ModelSource
-    factory_files: tuple[Path, ...] = ()
-    factory_root: Path | None = None
-
-
 def rewrite(
     model: nn.Module | BaseModel,
-    images: str | Path | list[Path] | Tensor | Iterable[Tensor],
+    images: str | Path | list[str] | list[Path] | Tensor | Iterable[Tensor],
     *,
     out: str | Path,
     layers: list[str] | None = None,
@@ -105,48 +100,9 @@ def rewrite(
     return elude_runtime.load(result.path, device, trust_factory=base.source.kind == "factory")
 
 
-def describe_model(model: nn.Module, factory: str | None, args: dict[str, Any] | None) -> BaseModel:
-    """How a model in memory is built again, checked: ModelError when it cannot be."""
-    if factory:
-        made = Factory.parse(factory)
-        again, files = made.build(args)
-        source = ModelSource(
-            kind="factory", name=made.function, args=args or {}, file=made.file.name, function=made.function
-        )
-        described = BaseModel(model, source, tuple(files), made.file.parent)
-    else:
-        config = getattr(model, "pretrained_cfg", None) or {}
-        name = config.get("architecture")
-        if not name:
-            raise ModelError(
-                "This model was not made by timm.create_model; give factory='FILE.py:FUNCTION' that builds it."
-            )
-        arguments = {"num_classes": model.num_classes} if args is None and hasattr(model, "num_classes") else args or {}
-        again = build_timm(name, arguments)
-        described = BaseModel(model, ModelSource(kind="timm", name=name, args=arguments))
-    if repr(model) == repr(again) and _same_network(model, again, DataConfig.of_model(model).input_size):
-        return described
-    raise ModelError(
-        f"{described.source.name} built again is another network than the one given; name its arguments with "
-        "model_args={...}, or give factory='FILE.py:FUNCTION' that builds it."
-    )
-
-
-def _same_network(model: nn.Module, again: nn.Module, size: tuple[int, int, int]) -> bool:
-    """Whether `again`, with the same tensors, answers two random images of that size bit for bit as `model` does."""
-    try:
-        load_weights(again, {n: t.cpu() for n, t in model.state_dict().items()}, "the model")
-        first = next(model.parameters())
-        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
-        with borrowed(model), borrowed(again, first.device), torch.no_grad():
-            return torch.equal(model(images), again(images))
-    except ModelError:
-        return False
-
-
 def rewrite_checkpoint(
     base: BaseModel,
-    images: str | Path | list[Path] | Tensor | Iterable[Tensor],
+    images: str | Path | list[str] | list[Path] | Tensor | Iterable[Tensor],
     out: Path,
     config: SplitConfig,
     *,
@@ -159,10 +115,10 @@ def rewrite_checkpoint(
     data_config: DataConfig | None = None,
     labels: list[str] | None = None,
     force: bool = False,
+    save_every: float = SAVE_SECONDS,
     progress: Progress | None = None,
 ) -> RewriteResult:
     """The whole offline step; see `rewrite`."""
-    report = progress or (lambda *_: None)
     if not 1 <= concepts < REST_CONCEPT:
         raise SettingsError(f"The number of concepts must be between 1 and {REST_CONCEPT - 1}.")
     try:
@@ -171,101 +127,79 @@ def rewrite_checkpoint(
         raise SettingsError(
             f"There is no device {str(device)!r} here; use cpu, or cuda where there is a GPU."
         ) from error
-    with borrowed(base.model, device) as model:
+    with joined() as ranks, borrowed(base.model, device) as model:
+        report = progress if progress and ranks.first else _silent
         size = tuple(images.shape[1:]) if isinstance(images, Tensor) and images.dim() == 4 else None
         data = data_config or DataConfig.of_model(model, input_size=size)
-        source = ImageSource(
-            Path(images) if isinstance(images, str) else images,
-            data,
-            batch_size=batch_size,
-            workers=workers,
-            limit=max_images,
-        )
+        source = ImageSource(images, data, batch_size=batch_size, workers=workers, limit=max_images, progress=report)
         chosen = choose_layers(find_split_layers(model, data.input_size), layers)
-        modules = dict(model.named_modules())
-        with new_directory(out, force=force) as work:
-            carried = _carry(base, work)
-            if carried:  # the carried copy must build the same network, or the checkpoint could not be loaded
-                copy = Factory(work / "factory" / str(base.source.file), str(base.source.function))
-                if not _same_network(model, copy.build(base.source.args)[0], data.input_size):
-                    raise ModelError(
-                        "The factory's files, copied into the checkpoint, build another network; let the factory open "
-                        "what it needs with Python, from its own folder."
-                    )
-            statistics = _first_pass(model, chosen, modules, source, config, report)
-            skipped, hashes = source.report.skipped, sorted(source.report.hashes)
-            with tempfile.TemporaryDirectory(prefix="tokens.", dir=work) as folder:
-                stores = _second_pass(model, chosen, statistics, source, Path(folder), report)
-                made = [partition_layer(s, stores[s.layer.name], config, concepts, report) for s in statistics]
-                del stores
-            partitions = {s.layer.name: p for s, (p, _) in zip(statistics, made, strict=True)}
-            write_table(work, [part for _, parts in made for part in parts])
-            own = {n: t for name, p in partitions.items() for n, t in partition_tensors(name, p).items()}
-            tensors = {n: t.detach().cpu() for n, t in model.state_dict().items()}
-            calibration = torch.tensor([list(h) for h in hashes], dtype=torch.uint8)
-            entries = [_entry(s, partitions[s.layer.name], config) for s in statistics]
-            manifest = Manifest(
-                format_version=1,
-                elude_version=elude_runtime.__version__,
-                model=base.source.model_copy(update={"files": carried}),
-                output="logits" if getattr(model, "num_classes", 1) else "embedding",
-                data_config=data.as_dict(),
-                labels=labels or [],
-                layers=entries,
-                method={"partition": "sign-split", **asdict(config), "concepts": concepts},
-                seed=config.seed,
-                threads=torch.get_num_threads(),
-                versions={"torch": torch.__version__, "timm": timm.__version__, "numpy": numpy.__version__},
-                calibration=Calibration(
-                    images=len(hashes), sha256=hashlib.sha256(b"".join(hashes)).hexdigest(), skipped=len(skipped)
-                ),
-                base_sha256=tensors_sha256(tensors),
-                partition_sha256=tensors_sha256(own),
+        tensors = model.state_dict()
+        broken = [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        if broken:
+            raise ModelError(
+                f"The weight {broken[0]} holds values that are not finite (NaN or infinity); take weights that were "
+                "saved before training went wrong."
             )
-            manifest = _measure_attribution(model, manifest, partitions, source, report)
-            write_tensors(work, {**tensors, **own, CALIBRATION_TENSOR: calibration})
-            write_manifest(work, manifest)
-        return RewriteResult(out, manifest, skipped)
-
-
-def _first_pass(
-    model: nn.Module,
-    chosen: list[SplitLayer],
-    modules: dict[str, nn.Module],
-    source: ImageSource,
-    config: SplitConfig,
-    report: Progress,
-) -> list[LayerStatistics]:
-    statistics = [LayerStatistics(layer, LinearMap(modules[layer.name], layer.name), config) for layer in chosen]
-    for first, seen in run_layers(model, chosen, source, lambda n: report("token statistics", n, source.count)):
-        for one in statistics:
-            one.add(first, *seen[one.layer.name])
-    return statistics
-
-
-def _second_pass(
-    model: nn.Module,
-    chosen: list[SplitLayer],
-    statistics: list[LayerStatistics],
-    source: ImageSource,
-    folder: Path,
-    report: Progress,
-) -> dict[str, dict[int, tuple[TokenStore, list[Tensor]]]]:
-    """{layer: {token type: (store of the end tokens' inputs, ids of the positive and the negative end)}}"""
-    stores: dict[str, dict[int, tuple[TokenStore, list[Tensor]]]] = {}
-    for number, one in enumerate(statistics):
-        linear, stores[one.layer.name] = one.linear, {}
-        for t in one.types:
-            ends = [e.cpu() for e in one.ends[t].ends()]
-            shape = (linear.groups, linear.inputs, linear.positions)
-            store = TokenStore(folder / f"{number}.{t}.npy", torch.cat([e.flatten() for e in ends]), shape)
-            stores[one.layer.name][t] = (store, ends)
-    for first, seen in run_layers(model, chosen, source, lambda n: report("end tokens", n, source.count)):
-        for one in statistics:
-            reads = one.linear.patches(seen[one.layer.name][0])
-            for t, (store, _) in stores[one.layer.name].items():
-                store.add(first, reads[:, one.layer.layout.slices[t]])
-    return stores
+        base_sha256 = tensors_sha256(tensors)
+        settings = {
+            "elude": elude_runtime.__version__,
+            "base": base_sha256,
+            "layers": [layer.name for layer in chosen],
+            "split": asdict(config),
+            "images": source.digest,
+            "device": str(device),
+            "processes": ranks.world,
+            "threads": torch.get_num_threads(),
+        }
+        with (
+            Resume(out, settings if source.digest else None, ranks, save_every) as resume,
+            new_directory(out, force=force) if ranks.first else nullcontext() as work,
+        ):
+            carried = carry_factory(base, work, data) if work else {}
+            passes = Passes(model, chosen, source, config, ranks, resume, report)
+            statistics, seen = passes.token_statistics()
+            stores = passes.chosen_tokens(statistics)
+            edges = [split_edges(s, stores[s.layer.name], config, ranks, resume, report) for s in statistics]
+            if work:
+                made = []
+                for s, e in zip(statistics, edges, strict=True):
+                    report(f"concepts of {s.layer.name}", 0, 1)
+                    made.append(make_concepts(s, stores[s.layer.name], *e, config, concepts))
+                    report(f"concepts of {s.layer.name}", 1, 1)
+                partitions = {s.layer.name: p for s, (p, _) in zip(statistics, made, strict=True)}
+                write_table(work, [part for _, parts in made for part in parts])
+                own = {n: t for name, p in partitions.items() for n, t in partition_tensors(name, p).items()}
+                hashes = torch.frombuffer(bytearray(seen.hashes.in_order()), dtype=torch.uint8).view(-1, HASH_BYTES)
+                manifest = Manifest(
+                    format_version=1,
+                    elude_version=elude_runtime.__version__,
+                    model=base.source.model_copy(update={"files": carried}),
+                    output="logits" if getattr(model, "num_classes", 1) else "embedding",
+                    data_config=data.as_dict(),
+                    labels=labels or [],
+                    layers=[_entry(s, partitions[s.layer.name], config) for s in statistics],
+                    method={"partition": "sign-split", **asdict(config), "concepts": concepts},
+                    seed=config.seed,
+                    threads=torch.get_num_threads(),
+                    versions={"torch": torch.__version__, "timm": timm.__version__, "numpy": numpy.__version__},
+                    calibration=Calibration(
+                        images=len(hashes),
+                        sha256=hashlib.sha256(hashes.numpy().tobytes()).hexdigest(),
+                        skipped=len(seen.skipped),
+                    ),
+                    base_sha256=base_sha256,
+                    partition_sha256=tensors_sha256(own),
+                )
+                manifest = _measure_attribution(model, manifest, partitions, source, report)
+                report("writing", 0, 1)
+                write_tensors(work, {**tensors, **own, CALIBRATION_TENSOR: hashes})
+                write_manifest(work, manifest)
+                report("writing", 1, 1)
+            for of_layer in stores.values():
+                for store in of_layer.values():
+                    store.close()
+        ranks.wait()  # the checkpoint is complete for every process
+        return RewriteResult(out, read_manifest(out), seen.skipped)
 
 
 def _entry(one: LayerStatistics, partition: Partition, config: SplitConfig) -> LayerEntry:
@@ -296,22 +230,24 @@ def _measure_attribution(
     """The manifest with every layer's measured completeness errors, and the method that `auto` stands for."""
     loaded = EludeModel(model, manifest, partitions).to(next(model.parameters()).device)
     taken: list[Tensor] = []
-    for batch in source.batches():
-        taken.append(batch)
+    for batch in source.numbered():
+        taken.append(batch.images)
         if sum(len(b) for b in taken) >= COMPLETENESS_IMAGES:
             break
     images = torch.cat(taken)[:COMPLETENESS_IMAGES]
     parameter = next(model.parameters())
     images = images.to(parameter.device, parameter.dtype)
+    with torch.no_grad():
+        if not bool(torch.isfinite(model(images)).all()):
+            raise ModelError(
+                "The model's output is not finite (NaN or infinity) on these images; check the data configuration, and "
+                "prefer bfloat16 or float32 to float16."
+            )
     report("attribution accuracy", 0, len(images) * len(manifest.layers))
     measured = measure_completeness(loaded, images, lambda n: report("attribution accuracy", n, None))
     entries = [e.model_copy(update={"attribution": measured[e.name]}) for e in manifest.layers]
     return manifest.model_copy(update={"layers": entries})
 
 
-def _carry(base: BaseModel, work: Path) -> dict[str, str]:
-    """Copy a factory's files into the checkpoint; their SHA-256 by name."""
-    if base.source.kind != "factory" or base.factory_root is None:
-        return {}
-    names = carry_files(list(base.factory_files), base.factory_root, work / "factory")
-    return {n: hashlib.sha256((work / "factory" / n).read_bytes()).hexdigest() for n in names}
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass

@@ -5,7 +5,7 @@ Source: design "Concepts". One token sample serves everything here, so that memo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from elude_runtime.partition.partition import REST_CONCEPT
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 DRIFT_EDGES = tuple(i / 10 for i in range(1, 10))
-_CHUNK_FLOATS = 32_000_000
+_CHUNK_FLOATS = 4_000_000  # values worked on at once, so that no second copy of a layer's sample is made
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,23 @@ class FeatureStatistics:
     drift_edges: Tensor
     share: Tensor
 
+    def take(self, chosen: Tensor) -> FeatureStatistics:
+        """Those of the features chosen, bool [F]."""
+        return FeatureStatistics(*(getattr(self, f.name)[chosen] for f in fields(self)))
+
 
 def describe(values: Tensor, share: Tensor) -> FeatureStatistics:
     """Statistics of activations [S, F] over S sampled tokens; `share` [F] is passed through."""
     probes = torch.tensor(QUANTILES + DRIFT_EDGES, dtype=values.dtype)
-    step = max(1, _CHUNK_FLOATS // values.shape[0])
-    rows = [torch.quantile(values[:, i : i + step], probes, dim=0).T for i in range(0, values.shape[1], step)]
-    levels = torch.cat(rows)
-    mean, std = values.mean(0), values.std(0, correction=0)
-    far = (values - mean).abs() > 2 * std
+    levels, mean, std, density = [], [], [], []
+    for part in values.split(max(1, _CHUNK_FLOATS // values.shape[0]), dim=1):
+        levels.append(torch.quantile(part, probes, dim=0).T)
+        mean.append(part.mean(0))
+        std.append(part.std(0, correction=0))
+        density.append(((part - mean[-1]).abs() > 2 * std[-1]).float().mean(0))
+    at = torch.cat(levels)
     return FeatureStatistics(
-        mean, std, levels[:, : len(QUANTILES)], far.float().mean(0), levels[:, len(QUANTILES) :], share
+        torch.cat(mean), torch.cat(std), at[:, : len(QUANTILES)], torch.cat(density), at[:, len(QUANTILES) :], share
     )
 
 
@@ -62,7 +68,8 @@ def group_concepts(centred: Tensor, std: Tensor, counts: Tensor, concepts: int, 
     out = torch.full((member.numel(),), REST_CONCEPT, dtype=torch.int32)
     live = member.nonzero()[:, 0]
     if live.numel():
-        profiles = (centred.flatten(1)[:, live] / std.flatten()[live]).T.contiguous()  # [L, S]
+        profiles = centred.flatten(1).T[live].contiguous()  # [L, S]
+        profiles /= std.flatten()[live, None]
         number = min(concepts, live.numel())
         draws = torch.rand(1, number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         labels = kmeans(profiles[None], number, draws.to(profiles.dtype))[0][0]
@@ -89,17 +96,26 @@ def concept_share(centred: Tensor, concept: Tensor, concepts: int) -> Tensor:
 def subunit_share(centred: Tensor) -> Tensor:
     """The same of every sub-unit: centred [S, d, M + 1] -> float32 [d, M + 1]. 0 where the layer never varies."""
     output = centred.sum(2)
-    output = output - output.mean(0)
-    total = output.square().sum(dtype=torch.float64)
-    covariance = torch.einsum("skm,sk->km", centred, output).double()
-    return (covariance / total).float() if float(total) > 0 else torch.zeros(centred.shape[1:])
+    output -= output.mean(0)
+    total = float(output.square().sum(dtype=torch.float64))
+    covariance = torch.zeros(centred.shape[1:], dtype=torch.float64)
+    for part, rows in zip(_tokens(centred), _tokens(output), strict=True):
+        covariance += torch.einsum("skm,sk->km", part, rows)
+    return (covariance / total).float() if total > 0 else torch.zeros(centred.shape[1:])
 
 
 def concept_activation(centred: Tensor, std: Tensor, concept: Tensor, concepts: int) -> Tensor:
     """Activations of all concepts: the mean over live members of t / std; [S, d, M + 1] -> [S, K + 1], `rest` last."""
     slots = torch.where(concept == REST_CONCEPT, concepts, concept.long()).flatten()
     live = (std > 0).flatten()
-    z = centred.flatten(1)[:, live] / std.flatten()[live]
-    out = z.new_zeros(z.shape[0], concepts + 1).index_add_(1, slots[live], z)
     size = torch.bincount(slots[live], minlength=concepts + 1).clamp(min=1)
-    return out / size
+    scale = torch.where(live, 1 / std.flatten(), 0) / size[slots]
+    out = centred.new_zeros(len(centred), concepts + 1)
+    for part, rows in zip(_tokens(centred), _tokens(out), strict=True):
+        rows.index_add_(1, slots, part.flatten(1) * scale)
+    return out
+
+
+def _tokens(values: Tensor) -> tuple[Tensor, ...]:
+    """Views of a sample [S, ...], a thousand tokens each."""
+    return values.split(1000)

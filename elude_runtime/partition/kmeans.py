@@ -46,7 +46,7 @@ def _nearest(points: Tensor, centres: Tensor) -> Tensor:
 def _seed(points: Tensor, clusters: int, draws: Tensor) -> Tensor:
     """k-means++: each next seed is drawn with probability proportional to its squared distance to the seeds so far."""
     batch = torch.arange(points.shape[0], device=points.device)
-    norms = points.square().sum(-1)
+    norms = points.norm(dim=-1).square()
     count = points.shape[1]
     chosen = (draws[:, 0] * count).long().clamp(max=count - 1)
     seeds = [points[batch, chosen]]

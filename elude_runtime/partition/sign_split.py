@@ -15,7 +15,7 @@ from elude_runtime.errors import SettingsError
 from elude_runtime.partition.kmeans import kmeans
 from elude_runtime.partition.partition import MAX_SUBUNITS, REST_EDGE
 
-CHUNK_FLOATS = 48_000_000  # contributions held at once: 190 MB of float32
+CHUNK_FLOATS = 4_000_000  # contributions held at once: 16 MB of float32, so that clustering works in the cache
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,17 @@ def end_clusters(inputs: Tensor, weight: Tensor, clusters: int, draws: Tensor) -
     Contributions w_kj x_j are centred over the tokens and normalised to unit length, then clustered.
     Returns [B, clusters, n].
     """
-    contributions = torch.einsum("bnjq,bjq->bnj", inputs, weight)
-    centred = contributions - contributions.mean(1, keepdim=True)
+    if inputs.shape[-1] == 1:
+        contributions = inputs[..., 0] * weight[:, None, :, 0]
+    else:
+        contributions = torch.einsum("bnjq,bjq->bnj", inputs, weight)
+    low, high = torch.aminmax(contributions, dim=1, keepdim=True)
     # What an input that never changes leaves after centring is rounding; normalised, it would look like a signal.
-    rounding = 8 * torch.finfo(centred.dtype).eps * contributions.abs().amax(1, keepdim=True)
-    centred = torch.where(centred.abs() <= rounding, 0, centred)
-    norm = centred.norm(dim=-1, keepdim=True)
-    return kmeans(centred / norm.clamp(min=torch.finfo(norm.dtype).tiny), clusters, draws)[1]
+    rounding = 8 * torch.finfo(contributions.dtype).eps * torch.maximum(low.abs(), high.abs())
+    contributions -= contributions.mean(1, keepdim=True)
+    contributions *= (high - low) > rounding
+    contributions /= contributions.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(contributions.dtype).tiny)
+    return kmeans(contributions, clusters, draws)[1]
 
 
 def assign_edges(weight: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
@@ -91,34 +95,51 @@ def compact(edges: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return number.gather(1, edges.long()).to(torch.uint8), present.sum(1).to(torch.uint8)
 
 
+def neuron_chunks(neurons: int, tokens: int, inputs: int) -> list[range]:
+    """Neurons whose contributions [b, tokens, inputs] are held at once. A chunk is also the unit that processes share:
+    a batched product's last bits may depend on its size, so the same chunks are made wherever they are computed."""
+    step = max(1, CHUNK_FLOATS // max(1, tokens * inputs))
+    return [range(start, min(start + step, neurons)) for start in range(0, neurons, step)]
+
+
+def split_neurons(
+    weight: Tensor,
+    read: Callable[[Tensor, Tensor], Tensor],
+    positive: Tensor,
+    negative: Tensor,
+    config: SplitConfig,
+    chosen: range,
+) -> Tensor:
+    """Edges of the neurons `chosen`, uint8 [b, n] in 0..2C-1 or 255 (`rest`), C clusters at each end; the arguments are
+    those of `sign_split`. With fewer tokens than clusters there are as many clusters as tokens."""
+    clusters = end_count(config, positive)
+    generator = torch.Generator().manual_seed(config.seed)
+    draws = torch.rand(2, weight.shape[0], clusters, generator=generator, dtype=torch.float64).to(weight.device)
+    index = torch.arange(chosen.start, chosen.stop, device=weight.device)
+    rows = weight[index]
+    up = end_clusters(read(index, positive[index]), rows, clusters, draws[0, index].to(rows.dtype))
+    down = end_clusters(read(index, negative[index]), rows, clusters, draws[1, index].to(rows.dtype))
+    return assign_edges(rows, up, down)
+
+
+def end_count(config: SplitConfig, ids: Tensor) -> int:
+    """Clusters at one end of a neuron: half the sub-units, but no more than there are tokens (ids [d, N])."""
+    return min(config.subunits // 2, ids.shape[1])
+
+
 def sign_split(
     weight: Tensor,
     read: Callable[[Tensor, Tensor], Tensor],
     positive: Tensor,
     negative: Tensor,
     config: SplitConfig,
-    progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The partition of one layer for one token type.
 
     weight float32 [d, n, q]; positive and negative int64 [d, N]: ids of the tokens at each end of every neuron, best
-    first; read(neurons [B], ids [B, N]) -> [B, N, n, q], the layer's inputs at those tokens; progress is called with
-    the number of neurons done. Returns edges uint8 [d, n] and counts uint8 [d].
-    With fewer tokens than clusters there are as many clusters as tokens.
+    first; read(neurons [B], ids [B, N]) -> [B, N, n, q], the layer's inputs at those tokens.
+    Returns edges uint8 [d, n] and counts uint8 [d].
     """
-    neurons, inputs, positions = weight.shape
-    count = positive.shape[1]
-    clusters = min(config.subunits // 2, count)
-    generator = torch.Generator().manual_seed(config.seed)
-    draws = torch.rand(2, neurons, clusters, generator=generator, dtype=torch.float64).to(weight.device)
-    step = max(1, CHUNK_FLOATS // max(1, count * inputs * positions))
-    parts = []
-    for start in range(0, neurons, step):
-        chosen = torch.arange(start, min(start + step, neurons), device=weight.device)
-        rows = weight[chosen]
-        up = end_clusters(read(chosen, positive[chosen]), rows, clusters, draws[0, chosen].to(rows.dtype))
-        down = end_clusters(read(chosen, negative[chosen]), rows, clusters, draws[1, chosen].to(rows.dtype))
-        parts.append(assign_edges(rows, up, down))
-        if progress:
-            progress(len(chosen))
-    return compact(torch.cat(parts), 2 * clusters)
+    chunks = neuron_chunks(len(weight), positive.shape[1], weight[0].numel())
+    parts = [split_neurons(weight, read, positive, negative, config, chunk) for chunk in chunks]
+    return compact(torch.cat(parts), 2 * end_count(config, positive))

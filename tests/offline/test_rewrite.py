@@ -233,7 +233,7 @@ def script(out: Path, prepare: str = "", wait: str = "pass") -> list[str]:
 
 
 class TestCutShort:
-    @pytest.mark.parametrize(("stage", "existing"), [("end tokens", False), ("attribution accuracy", True)])
+    @pytest.mark.parametrize(("stage", "existing"), [("partition of blocks.1.mlp.fc2", False), ("attribution accuracy", True)])
     def test_a_killed_run_leaves_no_half_checkpoint(self, tmp_path: Path, stage: str, existing: bool) -> None:
         out = tmp_path / "ckpt"
         if existing:
@@ -252,8 +252,10 @@ class TestCutShort:
             process.stdout.close()
         if existing:
             assert {p.name for p in out.iterdir()} == {"precious", "elude.json"}
-        assert all(p.name.endswith(".part") for p in tmp_path.iterdir() if p != out)
+        assert all(p.name.endswith((".part", ".resume")) for p in tmp_path.iterdir() if p != out)
         assert existing or not out.exists()
+        assert subprocess.run(script(out), stdout=subprocess.DEVNULL, check=False).returncode == 0
+        assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]  # the next run clears away what a killed one left
 
     @pytest.mark.parametrize("kibibytes", [60, 160])
     def test_a_file_size_limit(self, tmp_path: Path, kibibytes: int) -> None:

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elude_runtime.partition import REST_EDGE, SplitConfig
-from elude_runtime.partition.sign_split import assign_edges, compact, end_clusters, sign_split
+from elude_runtime.partition.sign_split import (
+    CHUNK_FLOATS,
+    assign_edges,
+    compact,
+    end_clusters,
+    neuron_chunks,
+    sign_split,
+)
 
 
 def split(
@@ -138,12 +145,11 @@ def test_a_neurons_partition_does_not_depend_on_the_chunk(monkeypatch: pytest.Mo
     assert all(torch.equal(a, b) for a, b in zip(whole, chunked, strict=True))
 
 
-def test_progress_counts_every_neuron_once() -> None:
-    g = torch.Generator().manual_seed(9)
-    tokens, done = torch.randn(20, 5, 1, generator=g), []
-    ids = torch.arange(10).expand(6, 10)
-    sign_split(torch.randn(6, 5, 1, generator=g), lambda _, i: tokens[i], ids, ids + 10, SplitConfig(), done.append)
-    assert sum(done) == 6
+def test_chunks_hold_every_neuron_once() -> None:
+    for neurons, tokens, inputs in ((1, 1, 1), (192, 400, 768), (1536, 400, 9 * 4096), (7, 10**6, 10**6)):
+        chunks = neuron_chunks(neurons, tokens, inputs)
+        assert [k for chunk in chunks for k in chunk] == list(range(neurons))
+        assert len(chunks) == 1 or max(map(len, chunks)) * tokens * inputs <= max(CHUNK_FLOATS, tokens * inputs)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,166 @@
+"""The two passes over the calibration images: every process reads its own batches, and all end with the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from elude_runtime.errors import ImagesError, ModelError
+from elude_runtime.network.linear_map import LinearMap
+from elude_runtime.network.split_layers import SplitLayer
+from elude_runtime.offline.collect import LayerStatistics, State, run_layers, token_inputs
+from elude_runtime.offline.images import Batch, ImageReport, ImageSource, Progress
+from elude_runtime.offline.input_cache import InputCache
+from elude_runtime.offline.ranks import Ranks
+from elude_runtime.offline.resume import Resume
+from elude_runtime.offline.token_store import TokenStore
+from elude_runtime.partition import SplitConfig
+
+_PROBE_IMAGES = 8
+LayerPair = tuple[Tensor, Tensor]  # a layer's input and output
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What both passes share. layers: the split layers in network order."""
+
+    model: nn.Module
+    layers: list[SplitLayer]
+    source: ImageSource
+    config: SplitConfig
+    ranks: Ranks
+    resume: Resume
+    report: Progress
+
+    @cached_property
+    def cache(self) -> InputCache:
+        return InputCache(self.resume.folder, self.source.batch_size)
+
+    def token_statistics(self) -> tuple[list[LayerStatistics], ImageReport]:
+        """Pass one: statistics of every layer, and the images they are of. ImagesError when none could be read."""
+        modules = dict(self.model.named_modules())
+        own = [LayerStatistics(y, LinearMap(modules[y.name], y.name), self.config) for y in self.layers]
+        images, start = ImageReport(), 0
+        kept = self.resume.load("statistics")
+        if kept:
+            start = _restore(own, images, kept)
+        else:
+            self._set_limits(own)
+        for batch, seen in self._run(self.source, "token statistics", start):
+            images.hashes.extend(batch.hashes)
+            images.skipped += batch.skipped
+            if len(batch.places):
+                for one in own:
+                    one.add(batch.places, *seen[one.layer.name])
+                self.cache.add(batch.number, batch.places, {name: x for name, (x, _) in seen.items()})
+            if self.resume.due():
+                self.resume.save("statistics", _state(own, images, batch.number + 1))
+        if self.ranks.world > 1:
+            shares = self.ranks.gather(_state(own, images, 0))
+            own = [LayerStatistics(one.layer, one.linear, self.config) for one in own]
+            images = ImageReport()
+            for share in shares:
+                others = [LayerStatistics(one.layer, one.linear, self.config) for one in own]
+                _restore(others, images, share)
+                for one, other in zip(own, others, strict=True):
+                    one.merge(other)
+        if not images.hashes:
+            first = f" The first: {': '.join(images.skipped[0])}" if images.skipped else ""
+            raise ImagesError(f"None of the {len(images.skipped)} images could be read.{first}")
+        for one in own:
+            if not all(bool(torch.isfinite(one.mean(t)).all()) for t in range(len(one.tokens))):
+                raise ModelError(
+                    f"{one.layer.name} reads values that are not finite (NaN or infinity) on these images; check the "
+                    "weights and the data configuration, and prefer bfloat16 or float32 to float16."
+                )
+        return own, images
+
+    def chosen_tokens(self, statistics: list[LayerStatistics]) -> dict[str, dict[int, TokenStore]]:
+        """Pass two, over the images that hold a chosen token and are not in the cache: {layer: {token type: inputs of
+        its end tokens and of its sample}}. The stores' files lie in the resume folder."""
+        stores: dict[str, dict[int, TokenStore]] = {}
+        needed = []
+        for number, one in enumerate(statistics):
+            linear, stores[one.layer.name] = one.linear, {}
+            for t in one.types:
+                ids = torch.cat([*(e.flatten() for e in one.ends[t].ends()), one.samples[t].take()])
+                path = self.resume.folder / f"tokens.{number}.{t}"
+                store = TokenStore(path, ids, (linear.groups, linear.inputs, linear.positions))
+                stores[one.layer.name][t] = store
+                needed.append(store.places(one.tokens[t]))
+        places = torch.cat(needed).unique()
+
+        def keep(places: Tensor, inputs: dict[str, Tensor]) -> None:
+            for one in statistics:
+                for images, reads in token_inputs(one.linear, inputs[one.layer.name]):
+                    for t, store in stores[one.layer.name].items():
+                        store.add(places[images], reads[:, one.layer.layout.slices[t]])
+
+        every = [store for of_layer in stores.values() for store in of_layer.values()]
+        cached = self.cache.numbers()
+        for number in filter(self.ranks.owns, cached):
+            keep(*self.cache.read(number))
+        places = places[~torch.isin(places, self.cache.places(cached))]
+        if len(places):
+            self._read_again(self.source.at(places), keep, every)
+        if self.ranks.world > 1:
+            for store in every:  # another machine reads what this one wrote
+                store.sync()
+        self.ranks.wait()
+        return stores
+
+    def _read_again(self, source: ImageSource, keep: Callable[..., None], stores: list[TokenStore]) -> None:
+        kept = self.resume.load("tokens")
+        for batch, seen in self._run(source, "chosen tokens", kept["next"] if kept else 0):
+            if len(batch.places):
+                keep(batch.places, {name: x for name, (x, _) in seen.items()})
+            if self.resume.due():
+                for store in stores:
+                    store.sync()
+                self.resume.save("tokens", {"next": batch.number + 1})
+
+    def _run(self, source: ImageSource, stage: str, start: int) -> Iterator[tuple[Batch, dict[str, LayerPair]]]:
+        total, size = source.count, source.batch_size
+        self.report(stage, min(start * size, total or start * size), total)
+        batches = source.numbered(start, self.ranks.rank, self.ranks.world)
+        for batch, seen in run_layers(self.model, self.layers, batches):
+            yield batch, seen
+            self.report(stage, (len(batch.places) + len(batch.skipped)) * self.ranks.world, total)
+
+    def _set_limits(self, statistics: list[LayerStatistics]) -> None:
+        """Norm limits from a few images spread over the source, the same in every process."""
+        count = self.source.count
+        spread = (torch.arange(_PROBE_IMAGES) * count // _PROBE_IMAGES).unique() if count else torch.empty(0)
+        few = self.source.at(spread) if count else self.source
+        for source in (few, self.source):
+            inputs: dict[str, list[Tensor]] = {one.layer.name: [] for one in statistics}
+            found = 0
+            for batch, seen in run_layers(self.model, self.layers, source.numbered()):
+                found += len(batch.places)
+                for name, (x, _) in seen.items():
+                    inputs[name].append(x[:_PROBE_IMAGES])
+                if found >= _PROBE_IMAGES:
+                    break
+            if found:
+                for one in statistics:
+                    one.set_limits(torch.cat(inputs[one.layer.name]))
+                return
+
+
+def _state(statistics: list[LayerStatistics], images: ImageReport, following: int) -> State:
+    hashes = torch.tensor(images.hashes.data, dtype=torch.uint8)
+    layers = [one.state() for one in statistics]
+    return {"next": following, "layers": layers, "hashes": hashes, "skipped": images.skipped}
+
+
+def _restore(statistics: list[LayerStatistics], images: ImageReport, state: State) -> int:
+    """Fill statistics from a state, add its images; the number of the batch that comes next."""
+    for one, kept in zip(statistics, state["layers"], strict=True):
+        one.restore(kept)
+    images.hashes.extend(state["hashes"].numpy().tobytes())
+    images.skipped += [(file, reason) for file, reason in state["skipped"]]
+    return int(state["next"])
