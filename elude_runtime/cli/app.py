@@ -8,7 +8,9 @@ import typer
 
 import elude_runtime
 from elude_runtime.cli.archive import archive
+from elude_runtime.cli.bench import bench
 from elude_runtime.cli.demo import demo
+from elude_runtime.cli.diff import diff
 from elude_runtime.cli.health import health
 from elude_runtime.cli.inspect import inspect
 from elude_runtime.cli.layers import layers
@@ -23,8 +25,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, layers, rewrite, verify, inspect, archive, serve, health):
+for command in (demo, layers, rewrite, verify, inspect, diff, archive, serve, health):
     app.command(command.__name__)(command)
+app.add_typer(bench, name="bench")
 
 
 def _version(value: bool) -> None:
