@@ -14,7 +14,7 @@ from elude_runtime.analysis.attribution import ExplainOptions, Explanation, Laye
 from elude_runtime.analysis.features import Feature, parse_feature
 from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.analysis.steering import Edit, Steered, steer_rows
-from elude_runtime.analysis.targets import Target, TargetError
+from elude_runtime.analysis.targets import Target, chosen_targets
 from elude_runtime.checkpoint.manifest import Manifest, ModelSource
 from elude_runtime.checkpoint.storage import read_checkpoint
 from elude_runtime.errors import CheckpointError, LayerError, did_you_mean
@@ -116,12 +116,10 @@ class EludeModel(nn.Module):
         options = ExplainOptions(method, steps, level, top_features, sign, heatmaps)
         names = self.layers if layers is None else [self.state(name).name for name in layers]
         recording = self.record(x, names)
+        embedding = self.manifest.output == "embedding"
         found = []
-        if self.manifest.output == "embedding" and not all(isinstance(t, Target) for t in targets or [0]):
-            raise TargetError("The model has no classes; give targets=[Target(direction=(…))].")
         for row in range(len(x)):
-            top = [int(recording.logits[row].argmax())] if targets is None else targets
-            chosen = [Target(t) if isinstance(t, int) else t for t in top]
+            chosen = chosen_targets(targets, recording.logits[row], embedding=embedding)
             found.append(self.explain_row(recording, row, chosen, names, options))
         return found
 

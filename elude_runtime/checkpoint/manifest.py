@@ -22,6 +22,7 @@ class _Frozen(BaseModel):
 class ModelSource(_Frozen):
     """How the base model is built: timm.create_model(name, **args), or a factory that travels with the checkpoint.
 
+    Disk alone must be enough: what came from a hub is named by its architecture, with all its arguments in args.
     file and function name the factory (`file` inside the checkpoint's `factory/` folder); files maps every carried
     file to its SHA-256.
     """

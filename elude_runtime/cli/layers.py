@@ -26,7 +26,9 @@ def layers(
     """List the layers that can be split, and why others cannot."""
     from elude_runtime.network.split_layers import find_split_layers
 
-    base = options.ModelOptions(model, pretrained, weights, model_factory, tuple(model_arg or ())).build()
+    base = options.ModelOptions(
+        model, pretrained, weights, model_factory, tuple(model_arg or ()), input_size=input_size
+    ).build()
     config = options.data_config(base.model, input_size, None, None, None, None, None)
     found = find_split_layers(base.model, config.input_size)
     shown = [layer for layer in found if layer.offered or every]

@@ -12,19 +12,44 @@ import typer
 
 from elude_runtime.errors import EludeError, ModelError
 
+IMAGES = "A folder, a list of files (.txt), or tar shards ('train-{0000..1023}.tar'); no labels needed."
 Model = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="A timm model name; leave out with --model-factory.")
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="A timm name, hf-hub:ORG/NAME or local-dir:FOLDER; leave out with --model-factory."
+    ),
 ]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load timm's weights from the hub or its local cache.")]
-Weights = Annotated[Path | None, typer.Option(help="Weights: safetensors, or a PyTorch state dict.")]
+Pretrained = Annotated[
+    bool, typer.Option("--pretrained", help="The model's published weights, from the hub or its local cache.")
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Weights: safetensors, or a PyTorch state dict or training checkpoint (averaged weights first)."),
+]
+Head = Annotated[
+    Path | None,
+    typer.Option(help="A linear probe on the model without a head: a file with one weight and at most one bias."),
+]
 FactoryOption = Annotated[str | None, typer.Option("--model-factory", help="FILE.py:FUNCTION that builds the model.")]
 ModelArg = Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the constructor; repeated.")]
-InputSize = Annotated[str | None, typer.Option(help="3,HEIGHT,WIDTH or one number.")]
+InputSize = Annotated[
+    str | None, typer.Option(help="3,HEIGHT,WIDTH or one number; a transformer is built for it (img_size).")
+]
 Mean = Annotated[str | None, typer.Option(help="R,G,B")]
 Std = Annotated[str | None, typer.Option(help="R,G,B")]
 Interpolation = Annotated[str | None, typer.Option(help="bicubic, bilinear, …")]
 CropPct = Annotated[float | None, typer.Option(help="Input side over resized side.")]
 CropMode = Annotated[str | None, typer.Option(help="center, squash or border.")]
+
+
+@dataclass(frozen=True)
+class ChosenModel:
+    """base: the model with its weights, a `BaseModel`; labels: class names that the weights bring along; notes: what
+    was decided on the way, one sentence each."""
+
+    base: Any
+    labels: list[str]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -36,35 +61,47 @@ class ModelOptions:
     weights: Path | None = None
     factory: str | None = None
     args: tuple[str, ...] = ()
+    head: Path | None = None
+    input_size: str | None = None
 
     def build(self) -> Any:
         """The model with its weights, as a `BaseModel`. ModelError says what does not fit."""
+        return self.choose().base
+
+    def choose(self) -> ChosenModel:
+        """The model with what else its source says. ModelError says what does not fit."""
         from elude_runtime.checkpoint.manifest import ModelSource
-        from elude_runtime.network.build import Factory, build_timm, json_args, load_weights, read_weights
-        from elude_runtime.offline.rewrite import BaseModel
+        from elude_runtime.network.build import Factory, json_args, load_weights
+        from elude_runtime.network.timm_source import timm_model
+        from elude_runtime.network.weights import read_weights
+        from elude_runtime.offline.base_model import BaseModel
 
         arguments = json_args(list(self.args))
-        if self.factory:
-            if self.name or self.pretrained:
-                raise ModelError("--model-factory takes the place of MODEL and --pretrained; give one or the other.")
-            factory = Factory.parse(self.factory)
-            model, files = factory.build(arguments)
-            source = ModelSource(
-                kind="factory", name=factory.function, args=arguments, file=factory.file.name, function=factory.function
-            )
-            base = BaseModel(model, source, tuple(files), factory.file.parent)
-        elif self.name:
-            model = build_timm(self.name, arguments, pretrained=self.pretrained)
-            if hasattr(model, "num_classes"):
-                arguments.setdefault("num_classes", model.num_classes)
-            # a checkpoint is loaded without the hub: it names the architecture that a hub's model turned out to be
-            name = str(vars(model)["pretrained_cfg"]["architecture"]) if ":" in self.name else self.name
-            base = BaseModel(model, ModelSource(kind="timm", name=name, args=arguments))
-        else:
+        if self.name and not self.factory:
+            size = _input_size(self.input_size)
+            made = timm_model(
+                self.name, arguments, pretrained=self.pretrained, weights=self.weights, head=self.head,
+                input_size=size and size[1:],
+            )  # fmt: skip
+            source = ModelSource(kind="timm", name=made.name, args=made.args)
+            return ChosenModel(BaseModel(made.model, source), made.labels, made.notes)
+        if not self.factory:
             raise ModelError("Name a timm model, or give --model-factory FILE.py:FUNCTION.")
+        if self.name or self.pretrained:
+            raise ModelError("--model-factory takes the place of MODEL and --pretrained; give one or the other.")
+        if self.head:
+            raise ModelError(
+                "--head is for timm models; let the factory build the model with its head, and give the weights of "
+                "both with --weights."
+            )
+        factory, notes = Factory.parse(self.factory), list[str]()
+        model, files = factory.build(arguments)
         if self.weights:
-            load_weights(base.model, read_weights(self.weights), str(self.weights))
-        return base
+            load_weights(model, read_weights(self.weights, notes), str(self.weights))
+        source = ModelSource(
+            kind="factory", name=factory.function, args=arguments, file=factory.file.name, function=factory.function
+        )
+        return ChosenModel(BaseModel(model, source, tuple(files), factory.file.parent), [], notes)
 
     @property
     def random(self) -> bool:
@@ -80,31 +117,46 @@ def data_config(
     interpolation: str | None,
     crop_pct: float | None,
     crop_mode: str | None,
+    notes: list[str] | None = None,
 ) -> Any:
-    """timm's data configuration of the model with the options put over it."""
+    """timm's data configuration of the model with the options put over it. What is assumed because neither the model
+    nor the options say it goes into `notes`."""
     from elude_runtime.network.preprocessing import DataConfig
 
-    size: tuple[float, ...] | None = None
-    if input_size is not None:
-        size = _numbers(input_size, "--input-size", (1, 3))
-        size = (3.0, *(size * 2)) if len(size) == 1 else size
-        if any(v != int(v) for v in size):
-            raise EludeError(f"--input-size takes whole numbers, not {input_size!r}.")
-    return DataConfig.of_model(
-        model,
-        input_size=size and tuple(int(v) for v in size),
-        mean=mean and _numbers(mean, "--mean", (3,)),
-        std=std and _numbers(std, "--std", (3,)),
-        interpolation=interpolation,
-        crop_pct=crop_pct,
-        crop_mode=crop_mode,
-    )
+    given = {
+        "input_size": _input_size(input_size),
+        "mean": mean and _numbers(mean, "--mean", (3,)),
+        "std": std and _numbers(std, "--std", (3,)),
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
+    }
+    made = DataConfig.of_model(model, **given)
+    silent = [k for k, v in given.items() if v is None]
+    if notes is not None and silent and not getattr(model, "pretrained_cfg", None):
+        assumed = ", ".join(f"{k} {getattr(made, k)}" for k in silent)
+        notes.append(f"The model does not say how its images are prepared; assumed: {assumed}.")
+    return made
 
 
-def read_labels(path: Path | None) -> list[str] | None:
-    """Class names: a text file with one a line, a JSON list of names, or of {"index", "label" or "name"}."""
+def read_labels(path: Path | None, classes: int) -> list[str] | None:
+    """Class names: a text file with one a line, a JSON list of names, or of {"index", "label" or "name"}.
+
+    EludeError unless there is one a class; classes: how many the model has, 0 for an embedding.
+    """
     if path is None:
         return None
+    names = _labels_in(path)
+    if not classes:
+        raise EludeError(
+            f"{path} names classes and the model has none: leave --labels out, or give a probe with --head."
+        )
+    if len(names) != classes:
+        raise EludeError(f"{path} names {len(names)} classes, the model has {classes}.")
+    return names
+
+
+def _labels_in(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":
@@ -123,6 +175,17 @@ def read_labels(path: Path | None) -> list[str] | None:
             f"The labels in {path} cannot be read; give one name a line, or a JSON list of names or of "
             '{"index": 0, "label": "…"}.'
         ) from error
+
+
+def _input_size(text: str | None) -> tuple[int, int, int] | None:
+    """(channels, height, width) of `3,HEIGHT,WIDTH` or of one number."""
+    if text is None:
+        return None
+    size = _numbers(text, "--input-size", (1, 3))
+    size = (3.0, *(size * 2)) if len(size) == 1 else size
+    if any(v != int(v) or v < 1 for v in size):
+        raise EludeError(f"The input size {text} cannot be used: --input-size takes whole numbers above zero.")
+    return int(size[0]), int(size[1]), int(size[2])
 
 
 def _numbers(text: str, option: str, counts: tuple[int, ...]) -> tuple[float, ...]:

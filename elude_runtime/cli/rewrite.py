@@ -14,13 +14,16 @@ from elude_runtime.cli.progress import console, stages
 
 def rewrite(
     model: options.Model = None,
-    images: Annotated[Path, typer.Option(help="Folder of typical images; no labels needed.")] = ...,  # type: ignore[assignment]
+    images: Annotated[str, typer.Option(help=options.IMAGES)] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="The checkpoint directory to make.")] = ...,  # type: ignore[assignment]
     pretrained: options.Pretrained = False,
     weights: options.Weights = None,
+    head: options.Head = None,
     model_factory: options.FactoryOption = None,
     model_arg: options.ModelArg = None,
-    labels: Annotated[Path | None, typer.Option(help="Class names: one a line, or JSON.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Class names: one a line, or JSON; else the published weights' own.")
+    ] = None,
     layers: Annotated[
         list[str] | None, typer.Option(help="A layer to split; repeated. `elude layers` lists them.")
     ] = None,
@@ -38,33 +41,51 @@ def rewrite(
     interpolation: options.Interpolation = None,
     crop_pct: options.CropPct = None,
     crop_mode: options.CropMode = None,
+    save_every: Annotated[
+        float,
+        typer.Option(help="Seconds between saves of the progress; after a kill, the same command goes on.", min=0),
+    ] = 60.0,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing checkpoint, once the new one is complete.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Rewrite a model's checkpoint into sub-units and concepts; its predictions stay what they are."""
-    from elude_runtime.errors import EludeError
+    from elude_runtime.network.build import output_size
+    from elude_runtime.offline.ranks import launched
+    from elude_runtime.offline.resume import resume_folder
     from elude_runtime.offline.rewrite import rewrite_checkpoint
     from elude_runtime.partition import SplitConfig
 
     config = SplitConfig(subunits, tokens, seed=seed)
-    chosen = options.ModelOptions(model, pretrained, weights, model_factory, tuple(model_arg or ()))
-    base = chosen.build()
-    names = options.read_labels(labels)
-    classes = getattr(base.model, "num_classes", None)
-    if names is not None and classes and len(names) != classes:
-        raise EludeError(f"{labels} names {len(names)} classes, the model has {classes}.")
-    if chosen.random:
-        console.print(
-            "[yellow]The weights are random:[/] give --pretrained or --weights for a model that knows something."
-        )
-    data = options.data_config(base.model, input_size, mean, std, interpolation, crop_pct, crop_mode)
-    with stages() as bar:
-        result = rewrite_checkpoint(
-            base, images, out, config, layers=layers, concepts=concepts, batch_size=batch_size, workers=workers,
-            max_images=max_images, device=device, data_config=data, labels=names, force=force, progress=bar,
-        )  # fmt: skip
+    asked = options.ModelOptions(
+        model, pretrained, weights, model_factory, tuple(model_arg or ()), head=head, input_size=input_size
+    )
+    chosen = asked.choose()
+    base, notes = chosen.base, list(chosen.notes)
+    data = options.data_config(base.model, input_size, mean, std, interpolation, crop_pct, crop_mode, notes)
+    outputs = output_size(base.model, data.input_size)
+    names = options.read_labels(labels, outputs if getattr(base.model, "num_classes", 1) else 0) or chosen.labels
+    if asked.random:
+        notes.append("The weights are random: give --pretrained or --weights for a model that knows something.")
+    for note in notes if launched().first else ():
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+    first = launched().first
+    try:
+        with stages(visible=first) as bar:
+            result = rewrite_checkpoint(
+                base, images, out, config, layers=layers, concepts=concepts, batch_size=batch_size, workers=workers,
+                max_images=max_images, device=device, data_config=data, labels=names, force=force,
+                save_every=save_every, progress=bar,
+            )  # fmt: skip
+    except BaseException:
+        if first and resume_folder(out).is_dir():
+            console.print(
+                f"[yellow]note:[/] Progress is kept in {resume_folder(out)}; the same command goes on from it."
+            )
+        raise
+    if not first:
+        return
     manifest = result.manifest
     if as_json:
         skipped = [{"file": f, "reason": r} for f, r in result.skipped]

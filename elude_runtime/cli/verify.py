@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 def verify(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT")],
-    images: Annotated[Path, typer.Option(help="Folder of images; the calibration images also prove the means.")] = ...,  # type: ignore[assignment]
+    images: Annotated[str, typer.Option(help=f"{options.IMAGES} The calibration images also prove the means.")] = ...,  # type: ignore[assignment]
     base: Annotated[
         str | None, typer.Option(help="The base model's timm name; leave out with --model-factory.")
     ] = None,
     pretrained: options.Pretrained = False,
     weights: options.Weights = None,
+    head: options.Head = None,
     model_factory: options.FactoryOption = None,
     model_arg: options.ModelArg = None,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes to compare at.")] = "1,8",
@@ -41,6 +42,7 @@ def verify(
 ) -> None:
     """Prove that a checkpoint changes nothing, against its base model rebuilt from its own source."""
     from elude_runtime.errors import EludeError
+    from elude_runtime.network.build import output_size
     from elude_runtime.offline.verify import verify as run
 
     try:
@@ -49,8 +51,15 @@ def verify(
         sizes = ()
     if not sizes or sizes[0] < 1:
         raise EludeError(f"--batch-sizes takes numbers with commas, not {batch_sizes!r}.")
-    model = options.ModelOptions(base, pretrained, weights, model_factory, tuple(model_arg or ())).build().model
+    model = (
+        options.ModelOptions(
+            base, pretrained, weights, model_factory, tuple(model_arg or ()), head=head, input_size=input_size
+        )
+        .build()
+        .model
+    )
     data = options.data_config(model, input_size, mean, std, interpolation, crop_pct, crop_mode)
+    output_size(model, data.input_size)  # a sentence, where the base model does not run or answers with no tensor
     with stages() as bar:
         result = run(
             checkpoint,

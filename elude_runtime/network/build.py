@@ -14,8 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from elude_runtime.errors import ModelError, did_you_mean
@@ -24,15 +23,24 @@ from elude_runtime.errors import ModelError, did_you_mean
 _LOADING_ARGS = frozenset(
     {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "scriptable"}
 )
+# What huggingface_hub raises for a file that it neither has nor gets (LocalEntryNotFoundError is the usual one).
+_UNREACHABLE = frozenset(
+    "LocalEntryNotFoundError OfflineModeIsEnabled RepositoryNotFoundError EntryNotFoundError HfHubHTTPError".split()
+)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CARRIED_LIMIT = 64 * 2**20  # bytes of a factory's files
 
 
 def build_timm(name: str, args: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> nn.Module:
-    """timm.create_model in eval mode. ModelError for unknown names (closest given), arguments or an unreachable hub."""
-    base = name.removeprefix("timm/").split(".")[0]
-    if not timm.is_model(base) and not name.startswith("hf-hub:"):
+    """timm.create_model in eval mode: a registered name with or without a tag, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
+
+    ModelError for unknown names and tags (closest given), arguments, weights that are not in the cache or do not fit.
+    """
+    base, tag = split_model_name_tag(name)
+    if ":" not in name and not timm.is_model(base):
         hint = (
-            did_you_mean(base, timm.list_models())
+            (f" A model of the hub is named hf-hub:{name}." if name.count("/") == 1 else "")
+            or did_you_mean(base, timm.list_models())
             or " `python -c 'import timm; print(timm.list_models())'` lists them."
         )
         raise ModelError(f"timm has no model {name!r}.{hint}")
@@ -42,8 +50,17 @@ def build_timm(name: str, args: Mapping[str, Any] | None = None, *, pretrained: 
     try:
         return timm.create_model(name, pretrained=pretrained, **dict(args or {})).eval()
     except Exception as error:  # timm, the hub client and the model's constructor raise anything
-        what = "its weights could not be loaded from the hub" if pretrained else "it could not be built"
-        raise ModelError(f"{name}: {what} ({_first_line(error)}).") from error
+        if any(kind.__name__ in _UNREACHABLE for kind in type(error).__mro__):
+            raise ModelError(
+                f"{name} is not in the local hub cache, and the hub does not answer with it; check the name and the "
+                "network, or give a file with --weights."
+            ) from error
+        if "pretrained tag" in str(error):
+            known = timm.list_models(f"{base}.*", pretrained=True)
+            hint = did_you_mean(name, known) or f" It has {', '.join(known[:5]) or 'none'}."
+            raise ModelError(f"timm has no weights {tag!r} of {base}.{hint}") from error
+        what = "its weights could not be loaded" if pretrained else "it could not be built"
+        raise ModelError(f"{name}: {what} ({_one_line(error)}).") from error
 
 
 class Factory:
@@ -75,7 +92,7 @@ class Factory:
             raise
         except Exception as error:  # a user's code raises anything
             raise ModelError(
-                f"The factory {self.file.name}:{self.function} failed: {type(error).__name__}: {_first_line(error)}."
+                f"The factory {self.file.name}:{self.function} failed: {type(error).__name__}: {_one_line(error)}."
             ) from error
         if not isinstance(model, nn.Module):
             raise ModelError(
@@ -119,43 +136,65 @@ def carry_files(files: list[Path], root: Path, out: Path) -> list[str]:
     return names
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a safetensors file, or from a PyTorch file read without unpickling code."""
-    if not path.is_file():
-        raise ModelError(f"The weights file {path} is not there.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ModelError(f"{path} cannot be read as weights ({_first_line(error)}).") from error
-    except Exception as error:
-        raise ModelError(
-            f"{path} holds more than tensors and is not unpickled; save its state dict as safetensors."
-        ) from error
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ModelError(f"{path} holds no state dict (a mapping of names to tensors).")
-    return state
+def misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """How a state dict does not fit the model: "2 missing (a, b); 1 unknown (c)"; empty where it fits."""
+    expected = model.state_dict()
+    both = [n for n in expected if n in tensors]
+    found = {
+        "missing": [n for n in expected if n not in tensors],
+        "unknown": [n for n in tensors if n not in expected],
+        "of another shape": [n for n in both if expected[n].shape != tensors[n].shape],
+        "of another type": [
+            n for n in both if expected[n].is_floating_point() != tensors[n].is_floating_point()
+            or (tensors[n].is_floating_point() and tensors[n].dtype not in _FLOATS)
+        ],
+    }  # fmt: skip
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in found.items()
+        if names
+    )
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict strictly, in its own floating-point type. ModelError that names what does not fit."""
-    expected = model.state_dict()
-    missing = [n for n in expected if n not in tensors]
-    unexpected = [n for n in tensors if n not in expected]
-    shapes = [n for n in expected if n in tensors and expected[n].shape != tensors[n].shape]
-    if missing or unexpected or shapes:
-        parts = [
-            f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-            for names, what in ((missing, "missing"), (unexpected, "unknown"), (shapes, "of another shape"))
-            if names
-        ]
-        raise ModelError(f"{source} does not fit the model: {'; '.join(parts)}; check the model's name and arguments.")
+    """Load a state dict strictly, every tensor in its own floating-point type, bit for bit.
+
+    Where the types differ (norms in float32, the rest in bfloat16), what the state dict does not hold takes the type of
+    the model's first parameter. ModelError that names what does not fit.
+    """
+    problem = misfit(model, tensors)
+    if problem:
+        raise ModelError(f"{source} does not fit the model: {problem}; check the model's name and arguments.")
     types = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if len(types) == 1:
-        model.to(types.pop())
+    first = next((tensors[n].dtype for n, _ in model.named_parameters() if n in tensors), None)
+    if types:
+        model.to(first if first in types else types.pop())
+    if len(types) > 1:
+        for name, own in model.state_dict(keep_vars=True).items():
+            own.data = own.data.to(tensors[name].dtype)
     model.load_state_dict(dict(tensors), strict=True)
+
+
+def output_size(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """K of the model's output [B, K] for images of that size. ModelError for a model that does not run on them, or
+    returns anything else (a tuple, a dictionary, unpooled tokens)."""
+    first = next(model.parameters())
+    try:
+        with borrowed(model), torch.no_grad():
+            out = model(torch.zeros(2, *input_size, dtype=first.dtype, device=first.device))
+    except Exception as error:  # a model raises anything over an input that it was not built for
+        types = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+        advice = "give its --input-size" if len(types) == 1 else f"it mixes {' and '.join(types)}: save it in one type"
+        raise ModelError(
+            f"The model does not run on images of size {tuple(input_size)} ({_one_line(error)}); {advice}."
+        ) from error
+    if not isinstance(out, Tensor) or out.dim() != 2:
+        got = f"a tensor {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ModelError(
+            f"The model returns {got} for two images, not logits or an embedding [2, K]; give a --model-factory that "
+            "returns one tensor."
+        )
+    return out.shape[1]
 
 
 @contextmanager
@@ -265,6 +304,6 @@ class _watch_opens:
             cls._folder = folder
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return text[:200] if text else type(error).__name__

@@ -41,9 +41,15 @@ class DataConfig:
         # No name list: a model that timm does not know has timm's defaults for what it does not say.
         resolved = resolve_data_config({}, model=model)
         values = {k: v for k, v in resolved.items() if k in known}
-        built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        if built_for is not None:  # a transformer built for another size than its pretrained configuration says
-            values["input_size"] = (values["input_size"][0], *built_for)
+        sizes = (
+            getattr(getattr(model, "patch_embed", None), "img_size", None),
+            (getattr(model, "_traits", None) or {}).get("img_size"),  # timm's other models that are built for one size
+            getattr(model, "image_size", None),  # torchvision's transformers
+        )
+        built_for = next((s for s in sizes if s is not None), None)
+        if built_for is not None:  # it may be another size than the pretrained configuration says
+            sides = (built_for, built_for) if isinstance(built_for, int) else built_for
+            values["input_size"] = (values["input_size"][0], *sides)
         values.update({k: v for k, v in overrides.items() if v is not None})
         return cls.parse(values)
 
@@ -94,22 +100,40 @@ class DataConfig:
             crop_mode=self.crop_mode,
         )
 
-    def seen(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """(x0, y0, x1, y1): what the model sees of a width x height image, in its pixels, clipped to the image.
+    def window(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """(x0, y0, x1, y1): where the edges of the input lie on a width x height image, in its pixels.
 
-        Follows timm's transform: the image is scaled so that its shorter side (crop_mode center), each side (squash)
-        or its longer side (border) is the input side / crop_pct, and the centre is cut out or padded.
+        Follows timm's transform, its roundings included: the image is scaled so that its shorter side (crop_mode
+        center), each side (squash) or its longer side (border) is the input side / crop_pct, and the centre is cut out
+        or padded. Beyond the image where the input is padded.
         """
         high, wide = self.input_size[1], self.input_size[2]
-        scaled_h, scaled_w = high / self.crop_pct, wide / self.crop_pct
+        scaled_w, scaled_h = self._scaled(width, height)
+        left, top = _first_kept(scaled_w, wide), _first_kept(scaled_h, high)
+        per_x, per_y = width / scaled_w, height / scaled_h
+        return left * per_x, top * per_y, (left + wide) * per_x, (top + high) * per_y
+
+    def seen(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """(x0, y0, x1, y1): what the model sees of a width x height image: `window` cut to the image, whole pixels."""
+        x0, y0, x1, y1 = self.window(width, height)
+        return max(0, round(x0)), max(0, round(y0)), min(width, round(x1)), min(height, round(y1))
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of the image after timm's resize."""
+        scaled_h, scaled_w = (math.floor(side / self.crop_pct) for side in self.input_size[1:])
         if self.crop_mode == "squash":
-            ratio_x, ratio_y = width / scaled_w, height / scaled_h
-        else:
-            pick = min if self.crop_mode == "center" else max
-            ratio_x = ratio_y = pick(width / scaled_w, height / scaled_h)
-        half_w, half_h = wide * ratio_x / 2, high * ratio_y / 2
-        left, top = max(0.0, width / 2 - half_w), max(0.0, height / 2 - half_h)
-        return round(left), round(top), round(min(width, width - left)), round(min(height, height - top))
+            return scaled_w, scaled_h
+        if self.crop_mode == "center" and scaled_h == scaled_w:  # torchvision's resize of the shorter side
+            longer = int(scaled_w * max(width, height) / min(width, height))
+            return (scaled_w, longer) if width <= height else (longer, scaled_w)
+        pick = min if self.crop_mode == "center" else max
+        ratio = pick(width / scaled_w, height / scaled_h)
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
+
+
+def _first_kept(scaled: int, crop: int) -> int:
+    """Where a centre crop of `crop` pixels starts in `scaled` pixels; below 0 where it is padded."""
+    return -((crop - scaled) // 2) if crop > scaled else round((scaled - crop) / 2)
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = OFFLINE_FORMATS) -> Image.Image:
@@ -160,6 +184,11 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def to_input(image: Image.Image, transform: Any) -> Tensor:
-    """Upright RGB image -> float32 [3, H, W], by timm's transform."""
-    tensor = transform(image)
+    """Upright RGB image -> float32 [3, H, W], by timm's transform. ImagesError for one too narrow to be scaled."""
+    try:
+        tensor = transform(image)
+    except ValueError as error:  # crop_mode border: the shorter side is scaled to less than half a pixel
+        raise ImagesError(
+            f"The image is {image.width} x {image.height}, too narrow to be scaled to the model's input; crop it."
+        ) from error
     return tensor if isinstance(tensor, Tensor) else torch.as_tensor(tensor)

@@ -12,7 +12,7 @@ from torch import nn
 
 from elude_runtime.checkpoint.manifest import ModelSource
 from elude_runtime.errors import ModelError
-from elude_runtime.network.build import Factory, borrowed, build_timm, carry_files, load_weights
+from elude_runtime.network.build import Factory, borrowed, build_timm, carry_files, load_weights, output_size
 from elude_runtime.network.preprocessing import DataConfig
 
 
@@ -42,15 +42,25 @@ def describe_model(model: nn.Module, factory: str | None, args: dict[str, Any] |
             raise ModelError(
                 "This model was not made by timm.create_model; give factory='FILE.py:FUNCTION' that builds it."
             )
-        arguments = {"num_classes": model.num_classes} if args is None and hasattr(model, "num_classes") else args or {}
+        arguments = _own_arguments(model) if args is None else args
         again = build_timm(name, arguments)
         described = BaseModel(model, ModelSource(kind="timm", name=name, args=arguments))
-    if repr(model) == repr(again) and _same_network(model, again, DataConfig.of_model(model).input_size):
+    size = DataConfig.of_model(model).input_size
+    if repr(model) == repr(again):
+        output_size(model, size)  # says in a sentence what is wrong with a model that does not run
+    if repr(model) == repr(again) and _same_network(model, again, size):
         return described
     raise ModelError(
         f"{described.source.name} built again is another network than the one given; name its arguments with "
         "model_args={...}, or give factory='FILE.py:FUNCTION' that builds it."
     )
+
+
+def _own_arguments(model: nn.Module) -> dict[str, Any]:
+    """What timm.create_model was given, as far as the model remembers and a manifest can hold it."""
+    kept = getattr(model, "_model_args", None) or {}
+    plain = {k: v for k, v in kept.items() if isinstance(v, str | int | float | bool | None | list | tuple | dict)}
+    return {**plain, **({"num_classes": model.num_classes} if hasattr(model, "num_classes") else {})}
 
 
 def _same_network(model: nn.Module, again: nn.Module, size: tuple[int, int, int]) -> bool:

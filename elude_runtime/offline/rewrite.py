@@ -34,7 +34,7 @@ from elude_runtime.checkpoint.storage import (
     write_tensors,
 )
 from elude_runtime.errors import ModelError, SettingsError
-from elude_runtime.network.build import borrowed
+from elude_runtime.network.build import borrowed, output_size
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.network.split_layers import choose_layers, find_split_layers
 from elude_runtime.network.tokens import TYPE_NAMES
@@ -87,7 +87,8 @@ def rewrite(
 
     model: a timm model with its weights; one that timm.create_model(name, **model_args) does not rebuild needs
     `factory="FILE.py:FUNCTION"`. images: a folder, files, a tensor [N, 3, H, W] of preprocessed images, or an
-    iterable of such batches that can be read twice. layers: default the deepest one that all tokens matter to.
+    iterable of such batches that can be read twice. A linear probe: put it on the model (`model.reset_classifier(K)`,
+    then load it into `model.get_classifier()`). layers: default the deepest one that all tokens matter to.
     subunits: M a neuron; concepts: K a layer and token type; tokens: N at each end of a neuron.
     Raises EludeError (a subclass says which part) with one sentence; nothing is left behind.
     """
@@ -131,6 +132,10 @@ def rewrite_checkpoint(
         report = progress if progress and ranks.first else _silent
         size = tuple(images.shape[1:]) if isinstance(images, Tensor) and images.dim() == 4 else None
         data = data_config or DataConfig.of_model(model, input_size=size)
+        outputs = output_size(model, data.input_size) if getattr(model, "num_classes", 1) else 0
+        if labels and len(labels) != outputs:
+            has = f"{outputs} classes" if outputs else "none, its output is an embedding"
+            raise SettingsError(f"{len(labels)} labels were given and the model has {has}; give one label a class.")
         source = ImageSource(images, data, batch_size=batch_size, workers=workers, limit=max_images, progress=report)
         chosen = choose_layers(find_split_layers(model, data.input_size), layers)
         tensors = model.state_dict()

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from support import VIT, VIT_ARGS, tiny_vit
 from torch import nn
 
 from elude_runtime.errors import ModelError
-from elude_runtime.network.build import Factory, build_timm, carry_files, json_args, load_weights, read_weights
+from elude_runtime.network.build import Factory, build_timm, carry_files, json_args, load_weights, output_size
 
 FACTORY = """
 import json
@@ -58,6 +57,9 @@ def test_a_timm_model_is_built_for_evaluation() -> None:
         ("zzzzzz", {}, "timm has no model 'zzzzzz'.*list_models"),
         (VIT, {"colour": "red"}, "could not be built"),
         (VIT, {"depth": "three"}, "could not be built"),
+        (VIT, {"pretrained_cfg": {}}, "pretrained_cfg cannot be an argument.*--weights"),
+        (f"{VIT}.augreg_in22k", {}, "no weights 'augreg_in22k' of .*Did you mean .*augreg_in21k"),
+        ("org/name", {}, "named hf-hub:org/name"),
     ],
 )
 def test_what_timm_cannot_build(name: str, args: dict[str, object], said: str) -> None:
@@ -146,6 +148,8 @@ def test_files_too_large_to_carry(factory: Path, tmp_path: Path, monkeypatch: py
         (lambda t: t.pop("head.weight"), "1 missing \\(head.weight\\)"),
         (lambda t: t.update(extra=torch.zeros(1)), "1 unknown \\(extra\\)"),
         (lambda t: t.update({"head.bias": torch.zeros(9)}), "1 of another shape \\(head.bias\\)"),
+        (lambda t: t.update({"head.bias": torch.zeros(7, dtype=torch.int64)}), "1 of another type \\(head.bias\\)"),
+        (lambda t: t.update({"head.bias": torch.zeros(7).to(torch.float8_e4m3fn)}), "1 of another type"),
     ],
 )
 def test_weights_that_do_not_fit(change: object, said: str) -> None:
@@ -155,46 +159,58 @@ def test_weights_that_do_not_fit(change: object, said: str) -> None:
         load_weights(tiny_vit(), tensors, "weights.safetensors")
 
 
-def test_weights_keep_their_type_and_bits() -> None:
-    tensors = {n: t.half() for n, t in tiny_vit().state_dict().items()}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_keep_their_type_and_bits(dtype: torch.dtype) -> None:
+    tensors = {n: t.to(dtype) for n, t in tiny_vit().state_dict().items()}
     model = build_timm(VIT, VIT_ARGS)
     load_weights(model, tensors, "weights.safetensors")
     found = model.state_dict()
-    assert all(found[n].dtype == torch.float16 and torch.equal(found[n], t) for n, t in tensors.items())
+    assert all(found[n].dtype == dtype and torch.equal(found[n], t) for n, t in tensors.items())
 
 
-class TestReading:
-    def test_safetensors_and_pytorch_files(self, tmp_path: Path) -> None:
-        tensors = {"a": torch.arange(3.0)}
-        save_file(tensors, tmp_path / "a.safetensors")
-        torch.save(tensors, tmp_path / "a.pth")
-        torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "b.pth")
-        for name in ("a.safetensors", "a.pth", "b.pth"):
-            assert torch.equal(read_weights(tmp_path / name)["a"], tensors["a"])
+def test_each_tensor_keeps_its_own_type() -> None:
+    """Norms in float32, the rest in bfloat16: as mixed-precision training saves them, and as torch runs them."""
+    source = tiny_vit().to(torch.bfloat16)
+    for module in source.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    model = build_timm(VIT, VIT_ARGS)
+    load_weights(model, source.state_dict(), "weights.safetensors")
+    assert {n: t.dtype for n, t in model.state_dict().items()} == {n: t.dtype for n, t in source.state_dict().items()}
+    assert isinstance(model.norm.weight, nn.Parameter) and model.norm.weight.dtype == torch.float32
+    x = torch.randn(2, 3, 32, 32).to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(model(x), source(x))
+    assert output_size(model, (3, 32, 32)) == 7
 
-    def test_a_pickle_that_runs_code_is_not_run(self, tmp_path: Path) -> None:
-        class Trap:
-            def __reduce__(self) -> tuple:
-                return (Path(tmp_path / "ran").touch, ())
 
-        torch.save({"a": Trap()}, tmp_path / "a.pth")
-        with pytest.raises(ModelError, match="not unpickled"):
-            read_weights(tmp_path / "a.pth")
-        assert not (tmp_path / "ran").exists()
+class TestOutputSize:
+    def test_classes_and_embeddings(self) -> None:
+        model = tiny_vit().train()
+        assert output_size(model, (3, 32, 32)) == 7 and model.training
+        assert output_size(tiny_vit(num_classes=0), (3, 32, 32)) == 32
 
-    @pytest.mark.parametrize(("name", "data"), [("a.safetensors", b"\x00" * 20), ("a.pth", b"hello"), ("b.pth", b"")])
-    def test_damaged_files(self, tmp_path: Path, name: str, data: bytes) -> None:
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(ModelError) as caught:
-            read_weights(tmp_path / name)
-        assert "\n" not in str(caught.value)
+    def test_types_that_do_not_run_together(self) -> None:
+        model = tiny_vit().to(torch.bfloat16)
+        model.head.float()
+        with pytest.raises(ModelError, match="mixes bfloat16 and float32: save it in one type"):
+            output_size(model, (3, 32, 32))
 
-    def test_no_file_and_no_state_dict(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match="is not there"):
-            read_weights(tmp_path / "none.pth")
-        torch.save([1, 2], tmp_path / "list.pth")
-        with pytest.raises(ModelError, match="no state dict"):
-            read_weights(tmp_path / "list.pth")
+    def test_another_size(self) -> None:
+        with pytest.raises(ModelError, match="does not run on images of size .*--input-size"):
+            output_size(tiny_vit(), (3, 40, 40))
+
+    @pytest.mark.parametrize(
+        ("answer", "said"),
+        [(lambda x: {"logits": x}, "a dict"), (lambda x: (x, x), "a tuple"), (lambda x: x, r"a tensor \[2, 3, 8, 8\]")],
+    )
+    def test_what_is_no_row_of_numbers(self, answer: object, said: str) -> None:
+        class Other(nn.Conv2d):
+            def forward(self, x: torch.Tensor) -> object:
+                return answer(super().forward(x))  # type: ignore[operator]
+
+        with pytest.raises(ModelError, match=f"returns {said} .*one tensor"):
+            output_size(Other(3, 3, 1), (3, 8, 8))
 
 
 def test_arguments() -> None:

@@ -8,12 +8,14 @@ import zlib
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support import CONV_DATA, VIT_DATA, encoded, picture, tiny_vit
 from timm.data import create_transform
+from torchvision.models import VisionTransformer
 
 from elude_runtime.errors import EludeError, ImagesError, ModelError
 from elude_runtime.network.preprocessing import DataConfig, decode_image, to_input
@@ -192,6 +194,106 @@ def test_what_the_model_sees(mode: str, size: tuple[int, int]) -> None:
         found,
         seen_pixels(config, *size),
     )
+
+
+def coordinates(width: int, height: int) -> Image.Image:
+    """A picture whose red is the column, whose green is the row, and whose blue says that it is the picture."""
+    pixels = np.full((height, width, 3), 255, dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(width)[None], np.arange(height)[:, None]
+    return Image.fromarray(pixels)
+
+
+SIDES = st.integers(20, 255)
+CONFIGS = st.builds(
+    lambda size, crop_pct, mode: DataConfig((3, *size), (0.0,) * 3, (1.0,) * 3, "nearest", crop_pct, mode),
+    st.sampled_from([(32, 32), (37, 37), (32, 48), (56, 24)]),
+    st.sampled_from([0.5, 0.8, 0.875, 0.9, 0.95, 1.0, 1.1, 1.4]),
+    st.sampled_from(["center", "squash", "border"]),
+)
+
+
+@settings(max_examples=400)
+@given(width=SIDES, height=SIDES, config=CONFIGS)
+def test_the_window_is_where_each_input_pixel_comes_from(width: int, height: int, config: DataConfig) -> None:
+    """Nearest-neighbour interpolation carries the coordinates through timm's own transform: they are read back."""
+    found = (to_input(coordinates(width, height), config.transform()) * 255).round().numpy()
+    x0, y0, x1, y1 = config.window(width, height)
+    rows, columns = found.shape[1:]
+    xs = x0 + (np.arange(columns) + 0.5) / columns * (x1 - x0)
+    ys = y0 + (np.arange(rows) + 0.5) / rows * (y1 - y0)
+    inside = found[2] == 255
+    expected = ((xs > 0) & (xs < width))[None] & ((ys > 0) & (ys < height))[:, None]
+    assert (inside == expected).all()  # the rest is padding
+    assert np.abs(found[0] + 0.5 - xs[None])[inside].max() <= 0.5 + 1e-9
+    assert np.abs(found[1] + 0.5 - ys[:, None])[inside].max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("input_size", [(32, 32), (28, 56)])
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(301, 200), (180, 333), (256, 256)])
+def test_painted_borders(interpolation: str, input_size: tuple[int, int], mode: str, size: tuple[int, int]) -> None:
+    """Red outside of what is seen never shows; a white frame just inside of it shows on every side."""
+    config = DataConfig((3, *input_size), (0.5,) * 3, (0.25,) * 3, interpolation, 0.8, mode)
+    x0, y0, x1, y1 = config.seen(*size)
+    assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
+    reach = 2 * max(x1 - x0, y1 - y0) / min(input_size) + 2  # of the interpolation, in pixels of the picture
+    outside = Image.new("RGB", size, (255, 0, 0))
+    outside.paste((0, 0, 0), tuple(round(v) for v in (x0 - reach, y0 - reach, x1 + reach, y1 + reach)))
+    plain = Image.new("RGB", size)
+    transform = config.transform()
+    nothing = to_input(plain, transform)
+    assert torch.equal(to_input(outside, transform), nothing)
+    thick = round(reach)
+    for box in ((x0, y0, x0 + thick, y1), (x0, y0, x1, y0 + thick), (x1 - thick, y0, x1, y1), (x0, y1 - thick, x1, y1)):
+        framed = plain.copy()
+        framed.paste((255, 255, 255), box)
+        assert float((to_input(framed, transform) - nothing).abs().max()) > 2
+
+
+def test_padding_is_outside_of_the_picture() -> None:
+    """A wide picture under crop_mode border: the input's upper and lower rows show none of it."""
+    config = DataConfig((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "border")
+    assert config.window(200, 100) == (0.0, -50.0, 200.0, 150.0)
+    assert config.seen(200, 100) == (0, 0, 200, 100)
+
+
+def test_a_picture_too_narrow_for_the_border() -> None:
+    config = DataConfig((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "border")
+    with pytest.raises(ImagesError, match="4 x 400, too narrow"):
+        to_input(Image.new("RGB", (4, 400)), config.transform())
+    assert to_input(Image.new("RGB", (4, 400)), DataConfig((3, 32, 32), **NORMAL).transform()).shape == (3, 32, 32)
+
+
+NORMAL = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+class TestOfModel:
+    """The size a model was built for counts, whatever its pretrained configuration says."""
+
+    @pytest.mark.parametrize(
+        ("name", "size"),
+        [
+            ("vit_tiny_patch16_224", (64, 96)),
+            ("swin_tiny_patch4_window7_224", (64, 64)),
+            ("mixer_s32_224", (64, 64)),
+            ("test_vit4", (64, 64)),
+        ],
+    )
+    def test_timm(self, name: str, size: tuple[int, int]) -> None:
+        model = timm.create_model(name, img_size=size)
+        assert DataConfig.of_model(model).input_size == (3, *size)
+
+    def test_torchvision(self) -> None:
+        model = VisionTransformer(48, 16, 1, 2, 16, 16)
+        found = DataConfig.of_model(model)
+        assert found.input_size == (3, 48, 48) and found.mean == (0.485, 0.456, 0.406)
+
+    def test_a_factory_that_says_it(self) -> None:
+        model = torch.nn.Conv2d(3, 3, 1)
+        model.pretrained_cfg = {"input_size": (3, 40, 48), "mean": (0.1, 0.2, 0.3), "crop_mode": "border"}
+        found = DataConfig.of_model(model)
+        assert found.input_size == (3, 40, 48) and found.mean == (0.1, 0.2, 0.3) and found.crop_mode == "border"
 
 
 def test_timms_configuration_with_values_over_it() -> None:

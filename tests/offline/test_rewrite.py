@@ -166,11 +166,12 @@ class TestRefusals:
             (LayerError, "not offered", {"layers": ["blocks.1.mlp.fc1"]}),
             (EludeError, "images", {"images": torch.zeros(4, 3, 16, 16)}),
             (EludeError, "", {"images": "/nowhere/at/all"}),
-            (ModelError, "built again is another network", {"model_args": {}}),
+            (ModelError, "built again is another network", {"model_args": {"depth": 2}}),
             (EludeError, "concepts", {"concepts": 0}),
             (EludeError, "sub-units", {"subunits": 3}),
             (EludeError, "", {"seed": 2**70}),
             (EludeError, "device", {"device": "warp"}),
+            (EludeError, "2 labels were given and the model has 7 classes", {"labels": ["a", "b"]}),
         ],
         ids=lambda v: str(v)[:40] if isinstance(v, str | dict) else "",
     )
@@ -185,6 +186,12 @@ class TestRefusals:
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Linear(8, 3))
         with pytest.raises(ModelError, match="factory"):
             elude.rewrite(model, torch.zeros(3, 3, 2, 2), out=tmp_path / "c", data_config=VIT_DATA)
+
+    def test_a_model_that_mixes_types(self, tmp_path: Path) -> None:
+        model = tiny_vit().half()
+        model.head.float()
+        with pytest.raises(ModelError, match="mixes float16 and float32"):
+            elude.rewrite(model, input_tensor(VIT_DATA, 4), out=tmp_path / "c", **SMALL)
 
     def test_an_existing_checkpoint_is_kept(self, tmp_path: Path) -> None:
         (tmp_path / "c").mkdir()
@@ -233,7 +240,9 @@ def script(out: Path, prepare: str = "", wait: str = "pass") -> list[str]:
 
 
 class TestCutShort:
-    @pytest.mark.parametrize(("stage", "existing"), [("partition of blocks.1.mlp.fc2", False), ("attribution accuracy", True)])
+    @pytest.mark.parametrize(
+        ("stage", "existing"), [("partition of blocks.1.mlp.fc2", False), ("attribution accuracy", True)]
+    )
     def test_a_killed_run_leaves_no_half_checkpoint(self, tmp_path: Path, stage: str, existing: bool) -> None:
         out = tmp_path / "ckpt"
         if existing:
@@ -396,6 +405,12 @@ def test_iterables_of_batches_and_folders_agree(tmp_path: Path) -> None:
         name = f"elude.{SECOND}.{part}"
         assert torch.equal(own_tensors(tmp_path / "a")[name], own_tensors(tmp_path / "b")[name])
     assert whole.manifest.partition_sha256 == again.manifest.partition_sha256
+
+
+def test_the_arguments_that_timm_remembers_need_not_be_given(tmp_path: Path) -> None:
+    options = {k: v for k, v in SMALL.items() if k != "model_args"}
+    model = elude.rewrite(tiny_vit(), input_tensor(VIT_DATA, 4), out=tmp_path / "c", **options)
+    assert model.manifest.model.args == VIT_ARGS
 
 
 def test_unreadable_images_are_counted_in_the_manifest(tmp_path: Path) -> None:
