@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from support import (
     SECOND,
     VIT_ARGS,
     VIT_DATA,
+    Ran,
+    Run,
     input_tensor,
     tiny_mobilenet,
     tiny_vit,
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 import elude_runtime as elude
 from elude_runtime.analysis.model import EludeModel
+from elude_runtime.cli import main
 from elude_runtime.network.preprocessing import DataConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -135,3 +139,22 @@ def shared() -> Path:
     if missing:
         pytest.skip(f"{folder} lacks {missing[0]}; set ELUDE_SHARED to the folder that has it")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`elude ARGUMENTS`, in this process."""
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["elude", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call

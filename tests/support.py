@@ -8,6 +8,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,29 @@ def hook_count(model: nn.Module) -> int:
 
 def manifest_of(checkpoint: Path) -> Manifest:
     return Manifest.model_validate_json((checkpoint / "elude.json").read_text())
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left behind: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Ran]
+
+
+def refused(ran: Ran, *said: str) -> None:
+    """Exit code 2 and one sentence on standard error that says what to do."""
+    assert ran.code == 2, ran
+    assert "Traceback" not in ran.err and ran.out == ""
+    message = ran.err.strip().splitlines()[-1]
+    assert message.startswith("elude: ") and message.endswith((".", "?", "…")), ran.err
+    for part in said:
+        assert part in message, message

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,10 @@ import pytest
 import torch
 from conftest import Rewritten
 from safetensors.torch import load_file, save_file
-from support import FIRST, LABELS, SECOND, VIT, VIT_ARGS, tamper, write_pictures
+from support import FIRST, LABELS, SECOND, VIT, VIT_ARGS, Run, refused, tamper, write_pictures
 from torch import Tensor
 
 import elude_runtime as elude
-from elude_runtime.cli import main
 
 MODEL_ARGS = [part for name, value in VIT_ARGS.items() for part in ("--model-arg", f"{name}={value}")]
 CONFIG = [
@@ -34,49 +30,6 @@ CONFIG = [
     "bicubic",
 ]
 QUICK = ["--subunits", "4", "--concepts", "4", "--tokens", "10", "--batch-size", "8"]
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`elude ARGUMENTS`, in this process."""
-
-    def call(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["elude", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
-
-
-def refused(ran: Ran, *said: str) -> None:
-    """Exit code 2 and one sentence on standard error that says what to do."""
-    assert ran.code == 2, ran
-    assert "Traceback" not in ran.err and ran.out == ""
-    message = ran.err.strip().splitlines()[-1]
-    assert message.startswith("elude: ") and message.endswith((".", "?", "…")), ran.err
-    for part in said:
-        assert part in message, message
 
 
 @pytest.fixture(scope="module")

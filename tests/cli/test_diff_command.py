@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import Rewritten
-from support import FIRST, SECOND, VIT_ARGS, VIT_DATA, tiny_vit
+from support import FIRST, SECOND, VIT_ARGS, VIT_DATA, Run, refused, tiny_vit
 
 import elude_runtime as elude
-from elude_runtime.cli import main
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run: Run) -> Run:
     """`elude diff ARGUMENTS`, in this process."""
-
-    def call(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["elude", "diff", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
+    return lambda *arguments: run("diff", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +109,6 @@ def test_files(run: Run, labelled: Path, vit: Rewritten, pictures: Path, tmp_pat
     with labels.open(newline="") as file:
         carried = list(csv.DictReader(file))
     assert carried == [{"feature": f"{SECOND}/P{i}", "label": f"label {i}"} for i in range(6)]
-
-
-def refused(ran: Ran, *said: str) -> None:
-    """Exit code 2 and one sentence on standard error."""
-    assert ran.code == 2 and ran.out == "" and "Traceback" not in ran.err, ran
-    message = ran.err.strip().splitlines()[-1]
-    assert message.startswith("elude: ") and message.endswith((".", "?")), ran.err
-    for part in said:
-        assert part in message, message
 
 
 def test_bad_input(run: Run, vit: Rewritten, mobilenet: Rewritten, pictures: Path, tmp_path: Path) -> None:

@@ -3,62 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import CLASSES, LABELS, VIT, VIT_ARGS, manifest_of, tiny_vit
+from support import CLASSES, LABELS, VIT, VIT_ARGS, Run, manifest_of, refused, tiny_vit
 from torch import nn
 
 import elude_runtime as elude
-from elude_runtime.cli import main
 from elude_runtime.cli.model_options import ModelOptions, data_config, read_labels
 from elude_runtime.errors import EludeError, ModelError
 
 ARGS = [f"{k}={v}" for k, v in VIT_ARGS.items() if k not in ("num_classes", "img_size")]
 MODEL_ARGS = [part for pair in ARGS for part in ("--model-arg", pair)]
 QUICK = ["--subunits", "4", "--concepts", "4", "--tokens", "10", "--max-images", "6"]
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`elude ARGUMENTS`, in this process."""
-
-    def call(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["elude", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
-
-
-def refused(ran: Ran, *said: str) -> None:
-    """Exit code 2 and one sentence on standard error that says what to do."""
-    assert ran.code == 2 and "Traceback" not in ran.err and ran.out == "", ran
-    message = ran.err.strip().splitlines()[-1]
-    assert message.startswith("elude: ") and message.endswith(".")
-    assert all(part in message for part in said), message
 
 
 def saved(model: nn.Module, file: Path) -> Path:
