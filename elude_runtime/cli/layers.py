@@ -44,9 +44,10 @@ def layers(
         kind = layer.kind + (f" {'x'.join(map(str, layer.kernel))}" if layer.kernel else "")
         types = ("patch", "class") if layer.layout.types == 2 else ("",)
         tokens = " + ".join(n if live else f"({n})" for n, live in zip(types, layer.live, strict=True))
+        reason = layer.reason + (", weighted by attention or a gate" if layer.offered and layer.weighted else "")
         mark = "default" if layer.default else "" if layer.offered else "no"
         table.add_row(
-            mark, layer.name, kind, str(layer.neurons), str(layer.inputs), tokens, layer.reason,
+            mark, layer.name, kind, str(layer.neurons), str(layer.inputs), tokens, reason,
             style="bold green" if layer.default else None if layer.offered else "dim",
         )  # fmt: skip
     Console(width=max(Console().width, 100)).print(table)

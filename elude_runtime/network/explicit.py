@@ -13,6 +13,8 @@ from elude_runtime.network.tokens import TokenLayout
 from elude_runtime.partition import Partition
 from elude_runtime.partition.sums import wide_weight
 
+_SIZES = "in_features out_features in_channels out_channels kernel_size stride padding dilation groups".split()
+
 
 class SubUnits(nn.Module):
     """The wide layer: x in the split layer's input layout -> sub-unit sums [B, T, D], D = d * (M + 1), no bias.
@@ -25,9 +27,9 @@ class SubUnits(nn.Module):
         self.layout = layout
         self._linear = (linear,)  # in a tuple: the wide layer does not own the original module
         width = partition.subunits + 1
-        source = linear.module.weight.dtype
+        weight = linear.weight(linear.dtype)
         self.weights = nn.ParameterList(
-            wide_weight(linear.weight(source), partition.slots(t), width).flatten(0, 1) for t in range(partition.types)
+            wide_weight(weight, partition.slots(t), width).flatten(0, 1) for t in range(partition.types)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,29 +50,36 @@ class ExplicitLayer(nn.Module):
         super().__init__()
         self.subunits = SubUnits(linear, partition, layout)
         self.neurons = linear.neurons
-        bias = linear.module.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.bias = nn.Parameter(linear.bias(linear.dtype).clone()) if linear.has_bias else None
+        for name in _SIZES:  # which glue code may ask for
+            if hasattr(linear.module, name):
+                setattr(self, name, getattr(linear.module, name))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = self.subunits(x)
-        merged = wide.unflatten(-1, (self.neurons, -1)).sum(-1)
+        merged = self.subunits(x).unflatten(-1, (self.neurons, -1)).sum(-1)
         if self.bias is not None:
             merged = merged + self.bias.to(merged.dtype)
         linear = self.subunits._linear[0]
         if linear.is_conv:
-            grid = self.subunits.layout.grid
-            if grid is None:
-                raise ValueError("a convolution always has a grid")
-            return merged.transpose(1, 2).unflatten(2, grid)
+            return merged.transpose(1, 2).unflatten(2, linear.output_size(x))
         return merged.reshape(*x.shape[:-1], self.neurons)
 
 
-def explicit_model(model: nn.Module, layers: dict[str, tuple[Partition, TokenLayout]]) -> nn.Module:
-    """A copy of `model` with each named layer in its explicit form; the original is left as it is."""
+def explicit_model(
+    model: nn.Module, layers: dict[str, tuple[Partition, TokenLayout]], dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A copy of `model` with each named layer in its explicit form; the original is left as it is.
+
+    dtype: of the copy, the model's own by default. A weight that the layer computes is computed in that dtype, which
+    `.to(dtype)` of a finished explicit form cannot do.
+    """
     wide = copy.deepcopy(model)
+    if dtype is not None:
+        wide = wide.to(dtype)
     for name, (partition, layout) in layers.items():
-        parent, _, child = name.rpartition(".")
-        owner = wide.get_submodule(parent) if parent else wide
-        linear = LinearMap(wide.get_submodule(name), name)
-        setattr(owner, child, ExplicitLayer(linear, partition, layout))
+        split = wide.get_submodule(name)
+        explicit = ExplicitLayer(LinearMap(split, name), partition, layout)
+        for owner in [module for module in wide.modules() if split in module.children()]:  # under all its names
+            for child in [child for child, module in owner.named_children() if module is split]:
+                setattr(owner, child, explicit)
     return wide.eval()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 POSITION, PREFIX = 0, 1  # indices on the axis P of a partition
 LETTERS = ("p", "c")  # of sub-unit names; upper case for concepts
 TYPE_NAMES = ("patches", "cls")
@@ -33,3 +35,9 @@ class TokenLayout:
 
     def type_of(self, token: int) -> int:
         return PREFIX if token < self.prefix else POSITION
+
+
+def by_image(rows: Tensor, images: int) -> Tensor:
+    """A layer's rows as [images, ...]: windows that were folded into the batch, [images * W, T, C], become
+    [images, W, T, C]; anything else is as it was."""
+    return rows if len(rows) == images else rows.unflatten(0, (images, -1))

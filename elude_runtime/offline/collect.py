@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.split_layers import SplitLayer
+from elude_runtime.network.tokens import by_image
 from elude_runtime.offline.images import Batch
 from elude_runtime.partition import SplitConfig
 
@@ -68,6 +69,8 @@ def run_layers(
             if len(batch.places):
                 with suppress(StopForward):
                     model(batch.images.to(parameter.device, parameter.dtype))
+                for name, (x, y) in seen.items():
+                    seen[name] = by_image(x, len(batch.places)), by_image(y, len(batch.places))
             yield batch, seen
 
 

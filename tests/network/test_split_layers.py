@@ -11,8 +11,9 @@ import torch
 from support import VIT_DATA, tiny_vit
 from torch import Tensor, nn
 
-from elude_runtime.errors import LayerError
-from elude_runtime.network.split_layers import SplitLayer, choose_layers, find_split_layers
+from elude_runtime.errors import LayerError, ModelError
+from elude_runtime.network.split_layers import SplitLayer, _mark_default, choose_layers, find_split_layers
+from elude_runtime.network.tokens import TokenLayout
 
 NARROW_SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2), "window_size": 4, "num_classes": 5}
 NETWORKS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -73,7 +74,7 @@ def test_the_default_of_mobilenetv2_is_its_last_bottleneck() -> None:
         ("mobilenetv3_small_050", "blocks.0.0.se.conv_expand", "nonlinearity"),
         ("swinv2_tiny_window8_256", "layers.3.blocks.1.mlp.fc2", "norm"),
         ("swinv2_tiny_window8_256", "layers.3.blocks.1.attn.proj", "norm"),
-        ("nf_resnet26", "stages.3.1.conv3", "effective weight"),
+        ("nf_resnet26", "stages.3.1.conv2", "nonlinearity (relu)"),
     ],
 )
 def test_refused_each_with_its_reason(network: str, layer: str, reason: str) -> None:
@@ -103,51 +104,11 @@ def test_what_is_offered_is_what_a_stream_or_a_linear_layer_takes(network: str) 
         ("mobilenetv2_100", "classifier"),
         ("resnet10t", "layer4.0.conv2"),
         ("resnetv2_50", "stages.3.blocks.0.conv3"),
+        ("nf_resnet26", "stages.3.1.conv3"),
     ],
 )
 def test_offered(network: str, layer: str) -> None:
     assert layers_of(network)[layer].offered, layers_of(network)[layer].reason
-
-
-class Parts(nn.Module):
-    """Glue that decides what may be split."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.inner, self.layer, self.head = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.norm, self.depthwise = nn.LayerNorm(8), nn.Conv2d(3, 3, 1, groups=3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.inner(self.depthwise(x).flatten(1)).relu()
-        y = self.layer(h)
-        if self.kind == "twice":
-            y = self.layer(y)
-        if self.kind == "gate":
-            y = y * self.norm(h)
-        if self.kind == "norm":
-            y = self.norm(y)
-        if self.kind == "unused":
-            y = h
-        if self.kind == "scaled":
-            y = 0.5 * y
-        return self.head(h + y)
-
-
-@pytest.mark.parametrize(
-    ("kind", "offered", "reason"),
-    [
-        ("plain", True, "added to the stream"),
-        ("scaled", True, "added to the stream"),
-        ("twice", False, "runs more than once"),
-        ("gate", False, "followed by a gate"),
-        ("norm", False, "followed by a norm"),
-        ("unused", False, "never used"),
-    ],
-)
-def test_glue_decides(kind: str, offered: bool, reason: str) -> None:
-    layer = {found.name: found for found in find_split_layers(Parts(kind).eval(), (3, 2, 2))}["layer"]
-    assert (layer.offered, reason in layer.reason) == (offered, True), layer.reason
 
 
 def test_depthwise_has_nothing_to_split() -> None:
@@ -182,6 +143,96 @@ def test_register_tokens_are_prefix_tokens() -> None:
     assert layout.slices == [slice(3, 19), slice(0, 3)]
 
 
+def test_a_layer_that_is_not_called_is_refused() -> None:
+    class Weights(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused, self.head = nn.Linear(12, 4), nn.Linear(3, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.nn.functional.linear(x.flatten(1), self.used.weight, self.used.bias))
+
+    found = {layer.name: layer for layer in find_split_layers(Weights().eval(), (3, 2, 2))}
+    assert list(found) == ["head", "used", "unused"]
+    for name in ("used", "unused"):
+        assert not found[name].offered and "does not run as a module" in found[name].reason
+
+
+class Doubled(nn.Linear):
+    """Two linear operations in one forward: no one weight is its effective one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + super().forward(input.flip(-1))
+
+
+def test_a_layer_that_is_more_than_one_linear_map_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), Doubled(12, 4), nn.Linear(4, 2)).eval()
+    layer = find_split_layers(model, (3, 2, 2))[0]
+    assert not layer.offered and layer.reason == "its output is not that of one linear map"
+
+
+def test_a_model_that_does_not_return_one_tensor() -> None:
+    class Two(nn.Sequential):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), x
+
+    with pytest.raises(ModelError, match=r"returns a tuple instead of one tensor.*--model-factory"):
+        find_split_layers(Two(nn.Flatten(), nn.Linear(12, 4)).eval(), (3, 2, 2))
+
+
+def test_an_input_size_that_does_not_fit() -> None:
+    with pytest.raises(ModelError, match=r"images of size \(3, 40, 40\).*--input-size"):
+        find_split_layers(tiny_vit(), (3, 40, 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_in_other_dtypes_the_same_is_found(dtype: torch.dtype) -> None:
+    assert find_split_layers(tiny_vit(reg_tokens=2).to(dtype), VIT_DATA.input_size) == find_split_layers(
+        tiny_vit(reg_tokens=2), VIT_DATA.input_size
+    )
+
+
+class TestDefault:
+    """The deepest offered layer that all token types matter to; better ones are preferred where there are any."""
+
+    @staticmethod
+    def layer(name: str, order: int, **changes: Any) -> SplitLayer:
+        values: dict[str, Any] = {
+            "name": name, "kind": "linear", "neurons": 4, "inputs": 4, "kernel": (), "groups": 1,
+            "layout": TokenLayout(4, 0, (2, 2)), "offered": True, "reason": "", "live": (True,), "order": order,
+        }  # fmt: skip
+        return SplitLayer(**{**values, **changes})
+
+    @pytest.mark.parametrize(
+        "worse",
+        [
+            {"offered": False},
+            {"classifier": True},
+            {"live": (True, False)},
+            {"weighted": True},
+            {"layout": TokenLayout(1)},
+            {"layout": TokenLayout(4)},
+        ],
+        ids=str,
+    )
+    def test_a_deeper_but_worse_layer_is_not_taken(self, worse: dict[str, Any]) -> None:
+        layers = [self.layer("first", 0), self.layer("second", 1), self.layer("third", 2, **worse)]
+        assert [layer.name for layer in _mark_default(layers) if layer.default] == ["second"]
+
+    @pytest.mark.parametrize("poor", [{"weighted": True}, {"layout": TokenLayout(1)}, {"live": (True, False)}], ids=str)
+    def test_unless_there_is_no_better_one(self, poor: dict[str, Any]) -> None:
+        layers = [
+            self.layer("first", 0, **poor),
+            self.layer("second", 1, **poor),
+            self.layer("head", 2, classifier=True),
+        ]
+        assert [layer.name for layer in _mark_default(layers) if layer.default] == ["second"]
+
+    @pytest.mark.parametrize("useless", [{"offered": False}, {"classifier": True}, {"live": (False, True)}], ids=str)
+    def test_none_where_none_will_do(self, useless: dict[str, Any]) -> None:
+        assert not any(layer.default for layer in _mark_default([self.layer("only", 0, **useless)]))
+
+
 class TestChoosing:
     found = find_split_layers(tiny_vit(), VIT_DATA.input_size)
 
@@ -205,5 +256,9 @@ class TestChoosing:
         assert [layer.name for layer in choose_layers(self.found, None)] == ["blocks.1.mlp.fc2"]
 
     def test_nothing_to_choose(self) -> None:
-        with pytest.raises(LayerError, match="name one with --layers"):
+        with pytest.raises(LayerError, match=r"name one with --layers \(.*blocks\.2\.mlp\.fc2"):
             choose_layers([layer for layer in self.found if not layer.default], None)
+
+    def test_nothing_at_all_to_choose(self) -> None:
+        with pytest.raises(LayerError, match="--all` says why"):
+            choose_layers([layer for layer in self.found if not layer.offered], None)

@@ -10,7 +10,7 @@ import torch
 from support import forward_with, hook_count, tiny_mobilenet, tiny_vit
 from torch import Tensor, nn
 
-from elude_runtime.network.tail import FULL, REPLAY, Recording, TailRunner
+from elude_runtime.network.tail import FULL, REPLAY, Recording, TailPlan, TailRunner
 
 # network: (layer, a later layer, input size, how its tails run)
 CASES = {
@@ -175,7 +175,214 @@ def test_replayed_outputs_are_never_changed_in_place() -> None:
     _model, runner, images = network("resnet")
     layer = CASES["resnet"][0]
     recording = runner.record(images, [layer])
-    kept = {n: [t.clone() for t in calls] for n, calls in recording.outputs.items()}
+    kept = {n: [[t.clone() for t in call] for call in calls] for n, calls in recording.outputs.items()}
     runner.run(recording, layer, recording.y[layer] * 2, torch.arange(4))
+    assert kept
     for name, calls in recording.outputs.items():
-        assert all(torch.equal(a, b) for a, b in zip(calls, kept[name], strict=True)), name
+        for call, before in zip(calls, kept[name], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(call, before, strict=True)), name
+
+
+class Chain(nn.Module):
+    """A stem, `depth` blocks, a split layer beside a shortcut, and a head."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.stem = nn.Linear(48, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(depth))
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x.flatten(1))
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h + self.layer(h).tanh())
+
+
+def runner_of(model: nn.Module, layer: str = "layer", size: int = 4) -> tuple[TailRunner, Tensor]:
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(9))
+    return TailRunner(model.eval().requires_grad_(False), [layer], (3, size, size)), images
+
+
+def check_tails(runner: TailRunner, model: nn.Module, images: Tensor, layer: str = "layer") -> None:
+    """A changed output of all rows, and of some in another order, against full passes."""
+    recording = runner.record(images, [layer])
+    y = recording.y[layer]
+    changed = y + torch.randn(y.shape, generator=torch.Generator().manual_seed(10))
+
+    def full(rows: Tensor) -> Tensor:
+        return forward_with(model, images[rows], {layer: lambda x, out: changed[rows].reshape(out.shape)})
+
+    every, some = torch.arange(4), torch.tensor([3, 1, 3])
+    assert torch.equal(runner.run(recording, layer, changed, every), full(every))
+    torch.testing.assert_close(runner.run(recording, layer, changed[some], some), full(some), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(full(every), recording.logits, atol=1e-3)
+
+
+def test_only_what_is_read_is_recorded() -> None:
+    """Of a chain of replayed modules the tail reads the last one's output only; the others stand there for nothing."""
+    model = Chain(depth=4)
+    runner, images = runner_of(model)
+    plan = runner.plans["layer"]
+    assert set(plan.modules) == {"stem", *(f"blocks.{i}" for i in range(4))}
+    assert plan.read == {"blocks.3"}
+    recording = runner.record(images, ["layer"])
+    assert list(recording.outputs) == ["blocks.3"]
+    check_tails(runner, model, images)
+
+
+def test_an_output_that_is_changed_in_place_later_is_copied() -> None:
+    class InPlace(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x.flatten(1))
+            y = self.layer(h.tanh())
+            h += y  # the recorded output of the stem, were it not copied
+            return self.head(h.tanh())
+
+    model = InPlace()
+    runner, images = runner_of(model)
+    assert runner.plans["layer"].mode == REPLAY and runner.plans["layer"].copied == {"stem"}
+    check_tails(runner, model, images)
+
+
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (0, 3, 2, 1)], ids=["channels last", "transposed too"])
+def test_elements_stay_in_their_order_in_memory(order: tuple[int, ...]) -> None:
+    """An operation may round differently for the same values in another order: replayed and given outputs keep it."""
+
+    class Strided(Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.layer, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 3)
+            self.strides: list[tuple[int, ...]] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            back = [order.index(axis) for axis in range(4)]
+            h = self.stem(x.permute(order).contiguous().permute(back))
+            y = self.layer(h.contiguous(memory_format=torch.channels_last))
+            self.strides += [h.stride(), y.stride()]
+            return self.head((h + y).tanh().mean((2, 3)))
+
+    model = Strided()
+    runner, images = runner_of(model)
+    assert runner.plans["layer"].mode == REPLAY
+    recording = runner.record(images, ["layer"])
+    model.strides.clear()
+    model(images)
+    runner.run(recording, "layer", recording.y["layer"].contiguous(), torch.arange(4))
+    assert model.strides[:2] == model.strides[2:]
+    check_tails(runner, model, images)
+
+
+class Windows(nn.Module):
+    """Four windows of four tokens an image, folded into the batch: images outermost, or innermost at the stem."""
+
+    def __init__(self, outermost: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.stem, self.layer, self.head = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.outermost = outermost
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = len(x)
+        tokens = x.flatten(2).transpose(1, 2).unflatten(1, (4, 4))  # [B, W, T, C]
+        if self.outermost:
+            h = self.stem(tokens.flatten(0, 1))
+        else:
+            h = self.stem(tokens.transpose(0, 1).flatten(0, 1)).unflatten(0, (4, batch)).transpose(0, 1).flatten(0, 1)
+        h = h + self.layer(h.tanh())
+        return self.head(h.tanh().unflatten(0, (batch, 4)).mean((1, 2)))
+
+
+def test_windows_stand_image_by_image() -> None:
+    model = Windows()
+    runner, images = runner_of(model)
+    assert runner.plans["layer"].mode == REPLAY
+    recording = runner.record(images, ["layer"])
+    assert recording.x["layer"].shape == recording.y["layer"].shape == (4, 4, 4, 6)
+    check_tails(runner, model, images)
+
+
+def test_a_later_layer_of_windows_sees_them_image_by_image() -> None:
+    class Two(Windows):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x.flatten(2).transpose(1, 2).unflatten(1, (4, 4)).flatten(0, 1))
+            h = h + self.first(h.tanh())
+            h = h + self.layer(h.tanh())
+            return self.head(h.tanh().unflatten(0, (-1, 4)).mean((1, 2)))
+
+    model = Two()
+    runner, images = runner_of(model, "first")
+    recording = runner.record(images, ["first"])
+    rows, seen = torch.tensor([2, 0]), []
+
+    def change(x: Tensor, y: Tensor) -> Tensor:
+        seen.append((x.shape, y.shape))
+        return y * torch.tensor([1.0, -2.0])[:, None, None, None]
+
+    found = runner.run(recording, "first", recording.y["first"][rows], rows, {"layer": change})
+    assert seen == [((2, 4, 4, 6), (2, 4, 4, 6))]
+    factor = torch.tensor([1.0, -2.0]).repeat_interleave(4)[:, None, None]
+    expected = forward_with(model, images[rows], {"layer": lambda x, y: y * factor})
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_lie_otherwise_are_not_replayed() -> None:
+    """A null tail would hold: only other rows in another order show whose they are."""
+    model = Windows(outermost=False)
+    runner, images = runner_of(model)
+    assert runner.plans["layer"] == TailPlan("layer", FULL)
+    check_tails(runner, model, images)
+
+
+class Stateful(Chain):
+    """Glue code that remembers the batch of a module that does not run in a tail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Remembering(48, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x.flatten(1))
+        return self.head(h + self.stem.seen * self.layer(h).tanh())
+
+
+class Remembering(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        self.seen = input.mean(1, keepdim=True)
+        return super().forward(input)
+
+
+def test_side_effects_of_replayed_modules_lead_to_full_passes() -> None:
+    model = Stateful()
+    runner, images = runner_of(model)
+    assert runner.plans["layer"] == TailPlan("layer", FULL)
+    check_tails(runner, model, images)
+
+
+def test_planning_works_in_inference_mode() -> None:
+    model = Chain()
+    with torch.inference_mode():
+        runner, images = runner_of(model)
+        recording = runner.record(images, ["layer"])
+    y = recording.y["layer"].clone().requires_grad_()
+    out = runner.run(recording, "layer", y, torch.arange(4))
+    assert torch.autograd.grad(out.sum(), y)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_networks_are_replayed_too(dtype: torch.dtype) -> None:
+    model = tiny_vit().to(dtype)
+    layer = "blocks.1.mlp.fc2"
+    runner = TailRunner(model, [layer], (3, 32, 32))
+    assert runner.plans[layer].mode == REPLAY
+    images = torch.randn(3, 3, 32, 32).to(dtype)
+    with torch.no_grad():
+        recording = runner.record(images, [layer])
+        changed = recording.y[layer] * 2
+        found = runner.run(recording, layer, changed, torch.arange(3))
+        assert torch.equal(found, forward_with(model, images, {layer: lambda x, y: changed}))
