@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,11 @@ from elude_runtime.checkpoint.storage import (
 )
 from elude_runtime.errors import EludeError
 from elude_runtime.network.build import borrowed, load_weights
+from elude_runtime.network.explicit import explicit_model
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.preprocessing import DataConfig, decode_image, to_input, upright_image
-from elude_runtime.offline.images import ImageSource, Progress, list_images
+from elude_runtime.network.tokens import by_image
+from elude_runtime.offline.images import ImageSource, Progress
 from elude_runtime.partition import Partition
 from elude_runtime.partition.sums import concept_weight, wide_weight
 
@@ -74,7 +78,7 @@ def verify(
     checkpoint: Path,
     base: nn.Module,
     data_config: DataConfig,
-    images: Path | Tensor,
+    images: str | Path | Tensor,
     *,
     batch_sizes: tuple[int, ...] = (1, 8),
     limit: int | None = None,
@@ -85,9 +89,9 @@ def verify(
 ) -> Verification:
     """Check a checkpoint against `base`, the model built from its own source with its own weights (eval mode).
 
-    data_config: the base model's preprocessing; images: a folder, or preprocessed images [N, 3, H, W]; few: images
-    for the float64 checks. Writes `verification.json` unless told not to. CheckpointError for a checkpoint that
-    cannot be read at all; what can be read and does not hold is a failed check.
+    data_config: the base model's preprocessing; images: files as `ImageSource` takes them, or preprocessed images
+    [N, 3, H, W]; few: images for the float64 checks. Writes `verification.json` unless told not to. CheckpointError for
+    a checkpoint that cannot be read at all; what can be read and does not hold is a failed check.
     """
     report = progress or (lambda *_: None)
     with borrowed(base):
@@ -104,16 +108,18 @@ def verify(
             load_weights(rebuilt, tensors, str(checkpoint))
             model = EludeModel(rebuilt.requires_grad_(False), manifest, partitions)
             logits, count = check_logits(model, base, source, batch_sizes, report)
-            same = sha256(b"".join(sorted(source.report.hashes))).hexdigest() == manifest.calibration.sha256
+            same = sha256(source.report.hashes.in_order()).hexdigest() == manifest.calibration.sha256
             sample = next(source.batches())[:few]
             report("float64", 0, None)
             checks += [
                 logits[0],
                 check_additivity(model, base, sample),
                 check_means(model, base, source if same else None),
-                check_explicit(base, model.explicit(), sample),
+                check_explicit(base, partial(_explicit, model), sample),
             ]
-            checks += [check_preprocessing(manifest, data_config, images)] if isinstance(images, Path) else []
+            checks += (
+                [] if isinstance(images, Tensor) else [check_preprocessing(manifest, data_config, source.encoded(32))]
+            )
             checks += logits[1:]
     environment = {"torch": torch.__version__, "timm": timm.__version__, "threads": torch.get_num_threads()}
     environment["device"] = str(next(base.parameters()).device)
@@ -205,10 +211,11 @@ def check_additivity(model: EludeModel, base: nn.Module, images: Tensor) -> Chec
     recording = model.record(images)
     with torch.no_grad():
         for name, state in model.states.items():
-            linear = LinearMap(modules[name], name)  # the base model's own weights and bias
             x = recording.x[name].double()
-            expected = linear.apply(x, linear.weight(torch.float64)) + linear.bias(torch.float64)
-            subunits = state.sums(x, torch.float64).sum(-1) + linear.bias(torch.float64)
+            rows = x.flatten(0, 1) if state.linear.is_conv and x.dim() == 5 else x  # a convolution of windows
+            y = copy.deepcopy(modules[name]).double()(rows)  # the base model's own layer
+            expected = state.linear.tokens(by_image(y, len(x)))
+            subunits = state.sums(x, torch.float64).sum(-1) + state.linear.bias(torch.float64)
             concepts = _by_concepts(model, name, x)
             errors = {"subunits": _relative(subunits, expected), "concepts": _relative(concepts, expected)}
             figures[name] = errors
@@ -222,15 +229,15 @@ def _by_concepts(model: EludeModel, layer: str, x: Tensor) -> Tensor:
     """c + the sum of all concepts' writes, each by its own masked weight: float64 [B, T, d]."""
     state = model.states[layer]
     linear, partition, slices = state.linear, state.partition, state.layout.slices
-    mean = partition.mean.double()
+    mean, weight = partition.mean.double(), linear.weight(torch.float64)
     parts = []
     for token_type in range(partition.types):
         inputs = x[:, slices[token_type]] if len(slices) > 1 else x
         total: Tensor | float = linear.bias(torch.float64) + mean[token_type].sum(-1)
         for concept in range(partition.concepts(token_type) + 1):
-            weight = concept_weight(linear.weight(torch.float64), partition, token_type, concept)
             slots = partition.concept_slots(token_type) == concept
-            total = total + linear.apply(inputs, weight) - (mean[token_type] * slots).sum(-1)
+            written = linear.apply(inputs, concept_weight(weight, partition, token_type, concept))
+            total = total + written - (mean[token_type] * slots).sum(-1)
         parts.append(total)
     return torch.cat(parts[::-1], 1)  # type: ignore[arg-type]
 
@@ -255,12 +262,15 @@ def check_means(model: EludeModel, base: nn.Module, source: ImageSource | None) 
     worst, figures = 0.0, {}
     for name, state in model.states.items():
         linear, partition = state.linear, state.partition
+        weight = linear.weight(torch.float64)
         groups = torch.arange(linear.neurons) // (linear.neurons // linear.groups)
         largest = 0.0
         for token_type, total in enumerate(sums[name]):
-            wide = wide_weight(linear.weight(torch.float64), partition.slots(token_type), partition.subunits + 1)
+            wide = wide_weight(weight, partition.slots(token_type), partition.subunits + 1)
             mean = torch.einsum("kmjq,kjq->km", wide, (total / counts)[groups])
-            scale = mean.abs().amax(-1, keepdim=True) + partition.std[token_type].double().amax(-1, keepdim=True)
+            # of what is added up, not of the sum: where that cancels, the last bits of a batch size are much of it
+            read = torch.einsum("kmjq,kjq->k", wide.abs(), (total / counts).abs()[groups])
+            scale = read[:, None] + partition.std[token_type].double().amax(-1, keepdim=True)
             error = (mean - partition.mean[token_type].double()).abs() / scale.clamp(min=1e-12)
             largest = max(largest, float(error.max()))
         figures[name] = largest
@@ -271,15 +281,18 @@ def check_means(model: EludeModel, base: nn.Module, source: ImageSource | None) 
     return Check("means", worst <= _MEAN_BOUND, detail, {"recomputed": True, **figures})
 
 
-def check_explicit(base: nn.Module, explicit: nn.Module, images: Tensor) -> Check:
-    """The explicit form gives the base model's outputs: float64 within 1e-12; float32 and bfloat16 as measured."""
+def check_explicit(base: nn.Module, explicit: Callable[[torch.dtype], nn.Module], images: Tensor) -> Check:
+    """The explicit form gives the base model's outputs: float64 within 1e-12; float32 and bfloat16 as measured.
+
+    explicit: builds the explicit form in a dtype.
+    """
     figures: dict[str, Any] = {}
     device = next(base.parameters()).device
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        narrow, wide = copy.deepcopy(base).to(dtype), copy.deepcopy(explicit).to(dtype)
         x = images.to(device, dtype)
         with torch.no_grad():
-            z, other = narrow(x).double(), wide(x).double()
+            z = copy.deepcopy(base).to(dtype)(x).double()
+            other = explicit(dtype)(x).double()
         key = str(dtype).removeprefix("torch.")
         figures[key] = _relative(other, z)
     detail = (
@@ -289,13 +302,17 @@ def check_explicit(base: nn.Module, explicit: nn.Module, images: Tensor) -> Chec
     return Check("explicit", figures["float64"] <= FLOAT64_BOUND, detail, figures)
 
 
-def check_preprocessing(manifest: Manifest, data_config: DataConfig, folder: Path, limit: int = 32) -> Check:
-    """From the same image bytes, our decoding and the checkpoint's transform give the tensors of timm's own transform
-    with the base model's configuration."""
+def _explicit(model: EludeModel, dtype: torch.dtype) -> nn.Module:
+    return explicit_model(model.base, {n: (s.partition, s.layout) for n, s in model.states.items()}, dtype)
+
+
+def check_preprocessing(manifest: Manifest, data_config: DataConfig, encoded: Iterable[bytes]) -> Check:
+    """From the same image files' bytes, our decoding and the checkpoint's transform give the tensors of timm's own
+    transform with the base model's configuration."""
     ours = DataConfig.parse(manifest.data_config).transform()
     timms = create_transform(**data_config.as_dict() | {"input_size": data_config.input_size, "is_training": False})
     compared = unequal = 0
-    for data in _readable(list_images(folder, limit)):
+    for data in _readable(encoded):
         image = Image.open(io.BytesIO(data))
         if image.mode.startswith(("I", "F")):
             continue  # more than 8 bits: Pillow's own conversion clips, ours scales
@@ -313,14 +330,11 @@ def check_preprocessing(manifest: Manifest, data_config: DataConfig, folder: Pat
     return Check("preprocessing", True, f"{compared} images give timm's own input tensors.", figures)
 
 
-def _readable(files: list[Path]) -> Iterator[bytes]:
-    for file in files:
-        try:
-            data = file.read_bytes()
+def _readable(encoded: Iterable[bytes]) -> Iterator[bytes]:
+    for data in encoded:
+        with suppress(EludeError):
             decode_image(data)
-        except (EludeError, OSError):
-            continue
-        yield data
+            yield data
 
 
 def _same_names(tensors: dict[str, Tensor], base: nn.Module) -> bool:

@@ -17,7 +17,17 @@ from support import SECOND, encoded, picture, tamper, tiny_vit
 from torch import Tensor
 
 from elude_runtime.errors import CheckpointError
-from elude_runtime.offline.verify import VERIFICATION, Verification, check_explicit, check_preprocessing, verify
+from elude_runtime.network.explicit import explicit_model
+from elude_runtime.network.linear_map import LinearMap
+from elude_runtime.offline.images import ImageSource
+from elude_runtime.offline.verify import (
+    VERIFICATION,
+    Verification,
+    check_additivity,
+    check_explicit,
+    check_preprocessing,
+    verify,
+)
 
 CHECKS = {"tensors", "partition", "logits", "additivity", "means", "explicit", "preprocessing", "top1_agreement"}
 
@@ -126,16 +136,28 @@ class TestPlantedFaults:
         assert failing(result) == {"means"}
 
     def test_an_overlapping_explicit_mask(self, vit: Rewritten) -> None:
-        x, wide = vit.images, vit.model.explicit()
-        assert check_explicit(vit.base, wide, x).holds
-        weights = wide.get_submodule(f"{SECOND}.subunits").weights[0]
-        width = vit.model.state(SECOND).partition.subunits + 1
-        edge = int(weights[:width, :, 0].abs().sum(0).argmax())
-        owner = int(weights[:width, edge, 0].abs().argmax())
-        with torch.no_grad():  # one edge in two sub-units
-            weights[(owner + 1) % width, edge, 0] = weights[owner, edge, 0]
-        found = check_explicit(vit.base, wide, x)
+        layers = {n: (state.partition, state.layout) for n, state in vit.model.states.items()}
+
+        def overlapping(dtype: torch.dtype) -> torch.nn.Module:
+            wide = explicit_model(vit.base, layers, dtype)
+            weights = wide.get_submodule(f"{SECOND}.subunits").weights[0]
+            width = vit.model.state(SECOND).partition.subunits + 1
+            edge = int(weights[:width, :, 0].abs().sum(0).argmax())
+            owner = int(weights[:width, edge, 0].abs().argmax())
+            with torch.no_grad():  # one edge in two sub-units
+                weights[(owner + 1) % width, edge, 0] = weights[owner, edge, 0]
+            return wide
+
+        assert check_explicit(vit.base, lambda dtype: explicit_model(vit.base, layers, dtype), vit.images).holds
+        found = check_explicit(vit.base, overlapping, vit.images)
         assert found.name == "explicit" and not found.holds
+
+    def test_an_effective_weight_that_is_not_the_layers(self, vit: Rewritten, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Additivity is against the base model's own layer, not against our view of its weight."""
+        assert check_additivity(vit.model, vit.base, vit.images).holds
+        own = LinearMap.weight
+        monkeypatch.setattr(LinearMap, "weight", lambda self, *dtype: own(self, *dtype) * (1 + 1e-9))
+        assert not check_additivity(vit.model, vit.base, vit.images).holds
 
     @pytest.mark.parametrize(
         "config",
@@ -159,7 +181,7 @@ class TestPlantedFaults:
         square.mkdir()
         picture(1, 36, 36).save(square / "a.png")
         manifest = vit.model.manifest.model_copy(update={"data_config": {**vit.data.as_dict(), "crop_mode": "border"}})
-        assert not check_preprocessing(manifest, vit.data, square).holds
+        assert not check_preprocessing(manifest, vit.data, ImageSource(square, vit.data).encoded()).holds
 
     def test_another_base_model(self, vit: Rewritten) -> None:
         other = tiny_vit()
