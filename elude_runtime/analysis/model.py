@@ -18,7 +18,7 @@ from elude_runtime.analysis.targets import Target, chosen_targets
 from elude_runtime.checkpoint.manifest import Manifest, ModelSource
 from elude_runtime.checkpoint.storage import read_checkpoint
 from elude_runtime.errors import CheckpointError, LayerError, did_you_mean
-from elude_runtime.network.build import Factory, build_timm, load_weights
+from elude_runtime.network.build import Factory, build_timm, load_weights, usable_device
 from elude_runtime.network.explicit import explicit_model
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.network.tail import Recording, TailRunner
@@ -178,7 +178,9 @@ def build_base(source: ModelSource, directory: Path, *, trust_factory: bool = Fa
 
 
 def load(checkpoint: str | Path, device: str | torch.device = "cpu", *, trust_factory: bool = False) -> EludeModel:
-    """Load a checkpoint directory, digests checked. CheckpointError says what does not fit and why."""
+    """Load a checkpoint directory, digests checked. CheckpointError says what does not fit and why, SettingsError
+    that the device is not there."""
+    device = usable_device(device)
     directory = Path(checkpoint)
     manifest, tensors, partitions = read_checkpoint(directory)
     for name, partition in partitions.items():

@@ -170,6 +170,8 @@ def _labels_in(path: Path) -> list[str]:
         return [str(r.get("label") or r["name"]) for r in rows]
     except EludeError:
         raise
+    except FileNotFoundError:
+        raise EludeError(f"There is no file {path} for --labels.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EludeError(
             f"The labels in {path} cannot be read; give one name a line, or a JSON list of names or of "

@@ -17,7 +17,7 @@ import torch
 from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
-from elude_runtime.errors import ModelError, did_you_mean
+from elude_runtime.errors import ModelError, SettingsError, did_you_mean
 
 # Arguments with which timm.create_model reads files or hosts; a checkpoint must not choose these.
 _LOADING_ARGS = frozenset(
@@ -195,6 +195,17 @@ def output_size(model: nn.Module, input_size: tuple[int, int, int]) -> int:
             "returns one tensor."
         )
     return out.shape[1]
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, which is there; SettingsError otherwise."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"There is no device {str(device)!r} here; use cpu, or cuda where there is a GPU."
+        ) from error
+    return torch.device(device)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from elude_runtime.checkpoint.storage import (
     write_tensors,
 )
 from elude_runtime.errors import ModelError, SettingsError
-from elude_runtime.network.build import borrowed, output_size
+from elude_runtime.network.build import borrowed, output_size, usable_device
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.network.split_layers import choose_layers, find_split_layers
 from elude_runtime.network.tokens import TYPE_NAMES
@@ -122,13 +122,7 @@ def rewrite_checkpoint(
     """The whole offline step; see `rewrite`."""
     if not 1 <= concepts < REST_CONCEPT:
         raise SettingsError(f"The number of concepts must be between 1 and {REST_CONCEPT - 1}.")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"There is no device {str(device)!r} here; use cpu, or cuda where there is a GPU."
-        ) from error
-    with joined() as ranks, borrowed(base.model, device) as model:
+    with joined() as ranks, borrowed(base.model, usable_device(device)) as model:
         report = progress if progress and ranks.first else _silent
         size = tuple(images.shape[1:]) if isinstance(images, Tensor) and images.dim() == 4 else None
         data = data_config or DataConfig.of_model(model, input_size=size)

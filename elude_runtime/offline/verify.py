@@ -42,7 +42,8 @@ from elude_runtime.partition.sums import concept_weight, wide_weight
 
 VERIFICATION = "verification.json"
 FLOAT64_BOUND = 1e-12
-_MEAN_BOUND = 1e-5  # of the neuron's own scale: float32 storage and another order of summation
+# of the neuron's own scale: the float32 inputs of a layer deep in a network move by 1e-5 with batch size and machine
+_MEAN_BOUND = 1e-4
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from support import FIRST, SECOND, VIT_ARGS, naive_sums
 from torch import Tensor
 
 import elude_runtime as elude
-from elude_runtime.errors import FeatureError, LayerError
+from elude_runtime.errors import FeatureError, LayerError, SettingsError
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
@@ -72,6 +72,11 @@ def test_layers_that_are_not_split(vit: Rewritten) -> None:
     for call in (vit.model.subunits, vit.model.concepts):
         with pytest.raises(LayerError, match=r"no split layer 'blocks\.1\.mlp\.fc1'"):
             call(vit.images, "blocks.1.mlp.fc1")
+
+
+def test_a_device_that_is_not_there(vit: Rewritten) -> None:
+    with pytest.raises(SettingsError, match="no device 'warp'"):
+        elude.load(vit.path, "warp")
 
 
 def test_parameters_ask_for_no_gradients(vit: Rewritten) -> None:
