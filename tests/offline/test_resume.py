@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support import write_pictures
+from support import VIT_ARGS, VIT_DATA, tiny_vit, write_pictures
 
+import elude_runtime as elude
 from elude_runtime.errors import StorageError
 from elude_runtime.offline.ranks import Ranks
 from elude_runtime.offline.resume import Resume, resume_folder
@@ -112,6 +117,42 @@ def test_other_settings_begin_anew(tmp_path: Path, images: Path) -> None:
     run(out, images, ("chosen tokens", 2))
     code, lines = run(out, images, seed=1)
     assert code == 0 and images_done(lines, "token statistics")[:2] == [0, 4]
+
+
+def test_whatever_the_result_depends_on_begins_anew(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = []
+
+    class Begun(Exception):
+        pass
+
+    def note(out: Path, settings: dict[str, Any], *_: Any) -> None:
+        found.append(settings)
+        raise Begun
+
+    monkeypatch.setattr("elude_runtime.offline.rewrite.Resume", note)
+    others = write_pictures(tmp_path / "others", 18)
+    changes: list[dict[str, Any]] = [
+        {}, {"layers": ["blocks.0.mlp.fc2"]}, {"subunits": 6}, {"tokens": 41}, {"seed": 1}, {"batch_size": 5},
+        {"max_images": 7}, {"data_config": replace(VIT_DATA, mean=(0.4, 0.5, 0.5))}, {"images": others},
+        {"weights": 1}, {"threads": 2}, {"processes": "2"},
+    ]  # fmt: skip
+    for change in changes:
+        arguments = {"layers": ["blocks.1.mlp.fc2"], "data_config": VIT_DATA, "images": images, **change}
+        model = tiny_vit()
+        with torch.no_grad():
+            model.head.bias += arguments.pop("weights", 0)
+        before = torch.get_num_threads()
+        torch.set_num_threads(arguments.pop("threads", before))
+        ranks = Ranks(0, int(arguments.pop("processes", 1)))
+        monkeypatch.setattr("elude_runtime.offline.rewrite.joined", lambda ranks=ranks: nullcontext(ranks))
+        try:
+            with pytest.raises(Begun):
+                elude.rewrite(model, arguments.pop("images"), out=tmp_path / "c", model_args=VIT_ARGS, **arguments)
+        finally:
+            torch.set_num_threads(before)
+    assert len({json.dumps(settings, sort_keys=True) for settings in found}) == len(changes)
 
 
 def test_the_progress_of_other_images_is_not_used(tmp_path: Path) -> None:
