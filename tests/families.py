@@ -194,8 +194,8 @@ class Sweep:
         null = tails.run(self.recording, name, y.clone(), everything)
         self.expect(torch.equal(null, self.recording.logits), f"{name}: a null tail is not the recorded pass")
         if tails.plans[name].mode == FULL:
-            noise = torch.randn(4, *self.images.shape[1:])
-            alone = draft_plans(self.base, [name], noise[:3], noise[3])[name].mode == FULL
+            noise = torch.randn(3, *self.images.shape[1:])
+            alone = draft_plans(self.base, [name], noise[:2], noise[2])[name].mode == FULL
             self.expect(alone, f"{name}: its tails are full passes, though modules have finished before it")
         changed = y + y.std() * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
         found = tails.run(self.recording, name, changed, everything)

@@ -249,3 +249,20 @@ def refused(ran: Ran, *said: str) -> None:
     assert message.startswith("elude: ") and message.endswith((".", "?", "…")), ran.err
     for part in said:
         assert part in message, message
+
+
+class TorchEncoder(nn.Module):
+    """A small ViT of PyTorch's own encoder layers."""
+
+    def __init__(self, norm_first: bool = False, depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(12)
+        self.patches = nn.Linear(12, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=norm_first, activation="gelu")
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 5)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return self.head(self.encoder(self.patches(tokens)).mean(1))

@@ -112,6 +112,7 @@ def explain_row(
     return explained
 
 
+@torch.inference_mode(False)
 def gradients(
     runner: TailRunner,
     recording: Recording,

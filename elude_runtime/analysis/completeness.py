@@ -18,6 +18,7 @@ ACCEPTABLE = 0.1  # median relative completeness error under which the cheaper m
 _ROWS = 4  # images at once: the gradients of a whole network's tail take much memory
 
 
+@torch.inference_mode(False)
 def measure_completeness(
     model: EludeModel, images: Tensor, progress: Callable[[int], None] | None = None
 ) -> dict[str, AttributionEntry]:
@@ -32,7 +33,7 @@ def measure_completeness(
         if model.manifest.output == "logits":
             directions = torch.nn.functional.one_hot(out.argmax(-1), out.shape[-1]) - 1 / out.shape[-1]
         else:
-            directions = out / out.norm(dim=-1, keepdim=True)
+            directions = out / out.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(out.dtype).tiny)
         for name, state in model.states.items():
             for method in steps:
                 errors[name][method] += _relative_errors(model.tails, recording, state, directions, steps[method])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, wraps
 from pathlib import Path
+from threading import RLock
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +20,49 @@ from elude_runtime.analysis.targets import Target, chosen_targets
 from elude_runtime.checkpoint.manifest import Manifest, ModelSource
 from elude_runtime.checkpoint.storage import read_checkpoint
 from elude_runtime.errors import CheckpointError, LayerError, did_you_mean
-from elude_runtime.network.build import Factory, build_timm, load_weights, usable_device
+from elude_runtime.network.build import Factory, build_timm, load_weights
+from elude_runtime.network.conditions import checkpointed, usable_device
 from elude_runtime.network.explicit import explicit_model
 from elude_runtime.network.preprocessing import DataConfig
-from elude_runtime.network.tail import Recording, TailRunner
+from elude_runtime.network.tail import Recording, TailRunner, record_layers
 from elude_runtime.partition import Partition
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Lock:
+    """A lock that one thread may take again; copied or pickled it is a new one."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
+
+
+def _one_at_a_time(method: Callable[Concatenate[EludeModel, P], R]) -> Callable[Concatenate[EludeModel, P], R]:
+    """Recordings and tails patch the modules that predictions run: threads take turns."""
+
+    @wraps(method)
+    def call(self: EludeModel, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class EludeModel(nn.Module):
     """`model(x)` is the base model's output, bit for bit; everything else is computed beside that path.
 
-    x: preprocessed images [B, 3, H, W] (see `data_config.transform()`), on the model's device.
+    x: preprocessed images [B, 3, H, W] (see `data_config.transform()`), on the model's device. Threads may share a
+    model: they take turns.
     """
 
     def __init__(self, base: nn.Module, manifest: Manifest, partitions: dict[str, Partition]) -> None:
@@ -40,8 +74,12 @@ class EludeModel(nn.Module):
         self._states = nn.ModuleList(
             SplitState(entry, modules[entry.name], partitions[entry.name]) for entry in manifest.layers
         )
+        self._lock = _Lock()
         self.eval()
+        for module in checkpointed(base):
+            module.grad_checkpointing = False
 
+    @_one_at_a_time
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x)
 
@@ -56,8 +94,9 @@ class EludeModel(nn.Module):
 
     @cached_property
     def tails(self) -> TailRunner:
-        """Plans the tails of all split layers on first use (two small passes, and one null tail a layer)."""
-        return TailRunner(self.base, self.layers, self.data_config.input_size)
+        """The tails of all split layers, planned on first use; sub-units and concepts do without."""
+        with self._lock:
+            return TailRunner(self.base, self.layers, self.data_config.input_size)
 
     def state(self, layer: str) -> SplitState:
         """One split layer. LayerError with the closest names when the checkpoint does not have it."""
@@ -71,22 +110,25 @@ class EludeModel(nn.Module):
         feature = parse_feature(name, self.layers)
         return self.states[feature.layer].check(feature)
 
+    @_one_at_a_time
     def record(self, x: Tensor, layers: Iterable[str] | None = None) -> Recording:
         """A forward pass that keeps what `explain` and `steer` need of the given layers (default: all)."""
         return self.tails.record(x, self.layers if layers is None else list(layers))
 
+    @_one_at_a_time
     def subunits(self, x: Tensor, layer: str) -> Tensor:
         """Uncentred sub-unit sums float32 [B, T, d, M + 1], `rest` last; plus the bias they add up to the layer's
         output. Convolutions: T = H * W positions, row by row."""
         state = self.state(layer)
         with torch.no_grad():
-            return state.sums(self.record(x, [layer]).x[layer].float())
+            return state.sums(self._input(x, state))
 
+    @_one_at_a_time
     def concepts(self, x: Tensor, layer: str) -> Tensor:
         """Concept activations float32 [B, T, K], columns as `concept_names(layer)`; 0 where a concept is of the other
         token type."""
         state = self.state(layer)
-        inputs = self.record(x, [layer]).x[layer].float()
+        inputs = self._input(x, state)
         columns = []
         with torch.no_grad():
             for token_type in state.live_types:
@@ -96,9 +138,13 @@ class EludeModel(nn.Module):
                 columns.append(full)
         return torch.cat(columns, -1)
 
+    def _input(self, x: Tensor, state: SplitState) -> Tensor:
+        return record_layers(self.base, x, {state.name: state.linear.module}).x[state.name].float()
+
     def concept_names(self, layer: str) -> list[str]:
         return self.state(layer).concept_names()
 
+    @_one_at_a_time
     def explain(
         self,
         x: Tensor,
@@ -123,6 +169,7 @@ class EludeModel(nn.Module):
             found.append(self.explain_row(recording, row, chosen, names, options))
         return found
 
+    @_one_at_a_time
     def explain_row(
         self, recording: Recording, row: int, targets: list[Target], layers: list[str], options: ExplainOptions
     ) -> list[Explanation]:
@@ -135,6 +182,7 @@ class EludeModel(nn.Module):
                 slot.append(explanation)
         return [Explanation(t, v, e) for t, v, e in zip(targets, values, per_target, strict=True)]
 
+    @_one_at_a_time
     def steer(self, x: Tensor, edits: Sequence[Edit]) -> Steered:
         """The same edits on every image: default and steered outputs side by side."""
         pairs = [(self.feature(e.feature), e) for e in edits]
@@ -142,6 +190,7 @@ class EludeModel(nn.Module):
         recording = self.record(x, touched)
         return steer_rows(self.tails, recording, list(range(len(x))), self.states, pairs)
 
+    @_one_at_a_time
     def explicit(self) -> nn.Module:
         """The explicit form: a copy of the base model with every split layer as sub-units and their sum."""
         return explicit_model(self.base, {n: (s.partition, s.layout) for n, s in self.states.items()})
@@ -177,6 +226,7 @@ def build_base(source: ModelSource, directory: Path, *, trust_factory: bool = Fa
     return Factory((folder / source.file).resolve(), source.function).build(source.args)[0]
 
 
+@torch.inference_mode(False)  # weights made in that mode would never have gradients run through them
 def load(checkpoint: str | Path, device: str | torch.device = "cpu", *, trust_factory: bool = False) -> EludeModel:
     """Load a checkpoint directory, digests checked. CheckpointError says what does not fit and why, SettingsError
     that the device is not there."""

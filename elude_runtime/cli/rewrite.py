@@ -51,7 +51,7 @@ def rewrite(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Rewrite a model's checkpoint into sub-units and concepts; its predictions stay what they are."""
-    from elude_runtime.network.build import output_size
+    from elude_runtime.network.conditions import output_size
     from elude_runtime.offline.ranks import launched
     from elude_runtime.offline.resume import resume_folder
     from elude_runtime.offline.rewrite import rewrite_checkpoint

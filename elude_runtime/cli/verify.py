@@ -42,7 +42,7 @@ def verify(
 ) -> None:
     """Prove that a checkpoint changes nothing, against its base model rebuilt from its own source."""
     from elude_runtime.errors import EludeError
-    from elude_runtime.network.build import output_size
+    from elude_runtime.network.conditions import output_size
     from elude_runtime.offline.verify import verify as run
 
     try:

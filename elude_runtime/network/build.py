@@ -17,7 +17,8 @@ import torch
 from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
-from elude_runtime.errors import ModelError, SettingsError, did_you_mean
+from elude_runtime.errors import ModelError, did_you_mean
+from elude_runtime.network.conditions import refuse_compiled
 
 # Arguments with which timm.create_model reads files or hosts; a checkpoint must not choose these.
 _LOADING_ARGS = frozenset(
@@ -98,6 +99,7 @@ class Factory:
             raise ModelError(
                 f"The factory {self.file.name}:{self.function} returned a {type(model).__name__}, not an nn.Module."
             )
+        refuse_compiled(model)
         carried = [self.file, *sorted({*opened, *imported} - {self.file})]
         return model.eval(), carried
 
@@ -173,56 +175,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         for name, own in model.state_dict(keep_vars=True).items():
             own.data = own.data.to(tensors[name].dtype)
     model.load_state_dict(dict(tensors), strict=True)
-
-
-def output_size(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """K of the model's output [B, K] for images of that size. ModelError for a model that does not run on them, or
-    returns anything else (a tuple, a dictionary, unpooled tokens)."""
-    first = next(model.parameters())
-    try:
-        with borrowed(model), torch.no_grad():
-            out = model(torch.zeros(2, *input_size, dtype=first.dtype, device=first.device))
-    except Exception as error:  # a model raises anything over an input that it was not built for
-        types = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
-        advice = "give its --input-size" if len(types) == 1 else f"it mixes {' and '.join(types)}: save it in one type"
-        raise ModelError(
-            f"The model does not run on images of size {tuple(input_size)} ({_one_line(error)}); {advice}."
-        ) from error
-    if not isinstance(out, Tensor) or out.dim() != 2:
-        got = f"a tensor {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise ModelError(
-            f"The model returns {got} for two images, not logits or an embedding [2, K]; give a --model-factory that "
-            "returns one tensor."
-        )
-    return out.shape[1]
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device, which is there; SettingsError otherwise."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"There is no device {str(device)!r} here; use cpu, or cuda where there is a GPU."
-        ) from error
-    return torch.device(device)
-
-
-@contextmanager
-def borrowed(model: nn.Module, device: str | torch.device | None = None) -> Iterator[nn.Module]:
-    """The model in eval mode, without gradients and on `device` while the block runs, and as it was after it."""
-    modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    home = next(iter(wanted)).device if wanted else None
-    try:
-        yield model.eval().requires_grad_(False).to(device)
-    finally:
-        if device is not None and home is not None:
-            model.to(home)
-        for module, training in modes.items():
-            module.training = training
-        for parameter, gradients in wanted.items():
-            parameter.requires_grad_(gradients)
 
 
 def json_args(pairs: list[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ them up again. Any PyTorch tool can look at its neurons."""
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class SubUnits(nn.Module):
 class ExplicitLayer(nn.Module):
     """Drop-in replacement of a split layer: `subunits` (the wide layer), then reshape and sum, the bias once.
 
-    Input and output layouts, shapes and dtype are those of the layer it replaces.
+    Input and output layouts, shapes and dtype are those of the layer it replaces. weight: what the sub-units add up to,
+    in the layer's own shape.
     """
 
     def __init__(self, linear: LinearMap, partition: Partition, layout: TokenLayout) -> None:
@@ -54,6 +56,15 @@ class ExplicitLayer(nn.Module):
         for name in _SIZES:  # which glue code may ask for
             if hasattr(linear.module, name):
                 setattr(self, name, getattr(linear.module, name))
+        # PyTorch's encoder layer takes the weight of a layer without hooks and never calls it
+        self.register_forward_hook(_look_on)
+
+    @property
+    def weight(self) -> Tensor:
+        """[d, n] or [d, n, rows, columns]. Glue code may ask for it, or for its dtype and device only."""
+        edges = self.subunits.weights[0].unflatten(0, (self.neurons, -1)).sum(1)  # one sub-unit has each edge
+        linear = self.subunits._linear[0]
+        return edges.unflatten(-1, linear.kernel) if linear.is_conv else edges[..., 0]
 
     def forward(self, x: Tensor) -> Tensor:
         merged = self.subunits(x).unflatten(-1, (self.neurons, -1)).sum(-1)
@@ -63,6 +74,10 @@ class ExplicitLayer(nn.Module):
         if linear.is_conv:
             return merged.transpose(1, 2).unflatten(2, linear.output_size(x))
         return merged.reshape(*x.shape[:-1], self.neurons)
+
+
+def _look_on(*_: Any) -> None:
+    """A hook that changes nothing."""
 
 
 def explicit_model(

@@ -32,14 +32,17 @@ _JOINT = frozenset(
     "avg_pool1d adaptive_avg_pool1d constant_pad_nd pad reflection_pad2d replication_pad2d native_dropout dropout "
     "as_strided neg lift_fresh copy_ copy im2col col2im upsample_bilinear2d upsample_nearest2d upsample_bicubic2d "
     "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d real imag view_as_real "
-    "view_as_complex _fft_r2c _fft_c2r _fft_c2c as_strided_ squeeze_ unsqueeze_ transpose_ t_ detach_".split()
+    "view_as_complex tril triu _fft_r2c _fft_c2r _fft_c2c as_strided_ squeeze_ unsqueeze_ transpose_ t_ detach_".split()
 )
-_ADD = frozenset("add add_ sub sub_ rsub lerp lerp_".split())
+_ADD = frozenset("add add_ sub sub_ rsub".split())
+_COMBINE = frozenset("lerp lerp_ addcdiv addcdiv_".split())  # sums of the inputs at 0 and 1, weighted by that at 2
 # linear in the inputs at these positions; the others choose, divide or scale
 _AT: dict[str, tuple[int, ...]] = {
     **dict.fromkeys("index index_select gather masked_select take grid_sampler_2d grid_sampler div div_".split(), (0,)),
-    **dict.fromkeys("index_put index_put_ _unsafe_index_put index_copy index_copy_".split(), (0, 2)),
-    **dict.fromkeys("scatter scatter_ scatter_add scatter_add_ index_add index_add_".split(), (0, 3)),
+    **dict.fromkeys("index_put index_put_ _unsafe_index_put masked_scatter masked_scatter_".split(), (0, 2)),
+    **dict.fromkeys(
+        "scatter scatter_ scatter_add scatter_add_ index_add index_add_ index_copy index_copy_".split(), (0, 3)
+    ),
     **dict.fromkeys("slice_scatter select_scatter masked_fill masked_fill_ fill_".split(), (0, 1)),
     "where": (1, 2),
     **dict.fromkeys(
@@ -91,6 +94,7 @@ class _Operation:
     name: str
     reads: tuple[tuple[int, int], ...]  # (position of the argument, value)
     makes: tuple[int, ...]
+    whole: bool  # it makes nothing but whole numbers or truth values
     training: bool  # of a batch norm: its statistics are those of the batch
 
 
@@ -103,27 +107,27 @@ class Recorder(TorchDispatchMode):
         self.operations: list[_Operation] = []
         self.values = 0
         self._value: dict[int, tuple[TensorWeakRef, int]] = {}  # by id of the tensor
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}  # by storage: the last value that lies in it
         self._written: dict[int, tuple[StorageWeakRef, int]] = {}  # by storage: the last value written into it
 
     def follow(self, tensor: Tensor) -> int:
         """Give a tensor a new value."""
         self.values += 1
         self._value[id(tensor)] = (TensorWeakRef(tensor), self.values)
+        if tensor.layout == torch.strided:
+            storage = StorageWeakRef(tensor.untyped_storage())
+            self._made[storage.cdata] = (storage, self.values)
         return self.values
 
     def values_of(self, tensor: Tensor) -> list[int]:
-        """The values a tensor stands for: its own, and what was written into its storage since through another view."""
-        found = []
+        """The values a tensor stands for: its own (of a tensor that no operation made, such as `y.data`, the last that
+        lies in its storage), and what was written into its storage since through another view."""
         reference, own = self._value.get(id(tensor), (None, 0))
-        if reference is not None and reference() is tensor:
-            found.append(own)
-        else:
-            own = 0
-        if self._written and tensor.layout == torch.strided:
-            written = self._written.get(StorageWeakRef(tensor.untyped_storage()).cdata)
-            if written is not None and written[1] > own:
-                found.append(written[1])
-        return found
+        storage = StorageWeakRef(tensor.untyped_storage()).cdata if tensor.layout == torch.strided else -1
+        if reference is None or reference() is not tensor:
+            own = self._made.get(storage, (None, 0))[1]
+        written = self._written.get(storage, (None, 0))[1]
+        return [value for value in (own, written if written > own else 0) if value]
 
     def value_of(self, tensor: Tensor) -> int | None:
         """The latest value; None for a tensor that does not depend on what is followed."""
@@ -144,7 +148,9 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if reads and name not in _SHAPE_ONLY:
-            makes = tuple(self.follow(t) for t in tree_leaves(out) if isinstance(t, Tensor))
+            made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+            makes = tuple(self.follow(t) for t in made)
+            whole = not any(t.is_floating_point() or t.is_complex() for t in made)
             if func._schema.is_mutable and makes:
                 for i, argument in given:
                     info = arguments[i].alias_info
@@ -152,14 +158,15 @@ class Recorder(TorchDispatchMode):
                         storage = StorageWeakRef(argument.untyped_storage())
                         self._written[storage.cdata] = (storage, makes[-1])
             training = any(arguments[i].name == "training" and bool(a) for i, a in given)
-            self.operations.append(_Operation(name, reads, makes, training))
+            self.operations.append(_Operation(name, reads, makes, whole, training))
         return out
 
 
 @dataclass
 class Graph:
-    """One recorded pass. value: of every module's output, by name; absent where the module did not run, None where its
-    output does not depend on the images. repeated: modules that ran more than once. outputs: the model's own."""
+    """One recorded pass. value: of every module's linear operation (of its output, where it comes to none), by name;
+    absent where the module did not run, None where its output does not depend on the images. repeated: modules that ran
+    more than once. outputs: the model's own."""
 
     operations: list[_Operation]
     outputs: set[int]
@@ -224,11 +231,20 @@ def _step(operation: _Operation, linear: set[int], depend: set[int]) -> _Step:
     """What an operation means for a layer some of whose inputs `linear` are linear in the layer's output, and some of
     whose inputs `depend` on it at all."""
     name = operation.name
+    plain = name.strip("_")
     dependent = {position for position, v in operation.reads if v in depend}
     if name in _JOINT:
-        return _Step()
+        return _Step(f"followed by rounding to whole numbers ({plain})") if operation.whole else _Step()
     if name in _ADD:
         return _Step() if all(v in linear for _, v in operation.reads) else _Step(end=ADDED)
+    if name in _COMBINE:
+        if 2 in dependent and (len(dependent) > 1 or name.startswith("addcdiv")):
+            return _Step("followed by a gate that depends on it" if "lerp" in name else "divided by what depends on it")
+        summands = [v for position, v in operation.reads if position < 2]
+        if 2 in dependent:
+            return _Step(end=ADDED, weighted=True) if summands else _Step()
+        weighted = any(position == 2 for position, _ in operation.reads)
+        return _Step(end="" if all(v in linear for v in summands) else ADDED, weighted=weighted)
     if name in _SCALE:
         return _product_step(operation, *_SCALE[name], linear, dependent, "followed by a gate that depends on it")
     if name in _MATRIX:
@@ -245,7 +261,6 @@ def _step(operation: _Operation, linear: set[int], depend: set[int]) -> _Step:
         return _Step("followed by a norm")
     if name in _SOFTMAX:
         return _Step("followed by attention")
-    plain = name.strip("_")
     return _Step(f"followed by {_PLAIN.get(name, f'a nonlinearity ({plain})')}")
 
 
@@ -268,20 +283,28 @@ def _product_step(
 
 
 def record_graph(model: nn.Module, modules: dict[str, nn.Module], images: Tensor) -> Graph:
-    """The graph of one forward pass on `images`, with the value of every module's output. ModelError where the model
-    does not return one tensor."""
+    """The graph of one forward pass on `images`, with the value of every module. ModelError where the model does not
+    return one tensor."""
     recorder = Recorder()
     graph = Graph(recorder.operations, set())
+    starts: dict[nn.Module, int] = {}
+    names = {module: name for name, module in modules.items()}
 
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, out: Any) -> None:
-            if name in graph.value:
-                graph.repeated.add(name)
-            graph.value[name] = recorder.value_of(out) if isinstance(out, Tensor) else None
+    def before(module: nn.Module, _: Any) -> None:
+        starts[module] = len(recorder.operations)
 
-        return hook
+    def after(module: nn.Module, _: Any, out: Any) -> None:
+        name = names[module]
+        if name in graph.value:
+            graph.repeated.add(name)
+        value = recorder.value_of(out) if isinstance(out, Tensor) else None
+        if value is not None:  # what a forward of its own does after its linear operation counts as following it
+            own = (o for o in recorder.operations[starts[module] :] if o.name in _MATRIX)
+            value = next((o.makes[0] for o in own), value)
+        graph.value[name] = value
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    hooks = [module.register_forward_pre_hook(before) for module in modules.values()]
+    hooks += [module.register_forward_hook(after) for module in modules.values()]
     try:
         with torch.no_grad(), recorder:
             recorder.follow(images)

@@ -7,6 +7,8 @@ architectures, and no names.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +16,16 @@ import torch
 from torch import nn
 
 from elude_runtime.errors import LayerError, ModelError, did_you_mean
+from elude_runtime.network.conditions import borrowed, output_size
 from elude_runtime.network.graph import Verdict, record_graph
 from elude_runtime.network.probe import Pictures, Seen, live_types, observe
 from elude_runtime.network.tokens import TokenLayout
+
+_NOT_RECORDED = "The model runs, but its operations cannot be recorded ({}); keep to plain PyTorch in its forward."
+_NO_GRADIENTS = (
+    "The model runs, but not with gradients ({}); keep no_grad, inference_mode, out= and changes of views in place out "
+    "of its forward."
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class SplitLayer:
     reason: what follows the layer, or why it is not offered. live: for each token type, whether any of its tokens can
     change the model's output at all. order: position in the forward pass; layers that do not run come last.
     classifier: its output is the model's. weighted: on its way it is multiplied by attention weights or a gate, which
-    do not depend on it.
+    do not depend on it. folded: it sees an image in several rows of the batch (windows).
     """
 
     name: str
@@ -43,38 +52,50 @@ class SplitLayer:
     classifier: bool = False
     default: bool = False
     weighted: bool = False
+    folded: bool = False
 
 
 def find_split_layers(model: nn.Module, input_size: tuple[int, int, int]) -> list[SplitLayer]:
     """All nn.Linear and nn.Conv2d layers of `model` in the order they run, each offered or with its reason.
 
-    input_size: (channels, height, width). Costs three forward passes over three random images and one forward and
-    backward pass over two. ModelError for a model that does not run on such images, or returns more than one tensor.
+    input_size: (channels, height, width). Costs two forward passes over three random images, and over one a forward and
+    a forward and backward pass. ModelError for a model that does not run on such images, returns more than one tensor,
+    is compiled, or gives no gradients.
     """
     modules: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    with torch.inference_mode(False):
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError("The model was made in inference mode and gives no gradients; make it outside of that.")
+    with borrowed(model), torch.inference_mode(False):
         pictures = Pictures.draw(input_size, next(model.parameters()))
-        try:
-            graph = record_graph(model, modules, pictures.corners)
+        with _refusing(model, input_size, _NOT_RECORDED):
+            graph = record_graph(model, modules, pictures.corners[:1])
             names = [*graph.value, *(name for name in modules if name not in graph.value)]
             verdicts = {name: graph.verdict(name) for name in names}
             candidates = {n: modules[n] for n, verdict in verdicts.items() if verdict.offered}
             seen = observe(model, candidates, pictures)
             layouts = {n: one.layout for n, one in seen.items() if one.refusal is None}
+        with _refusing(model, input_size, _NO_GRADIENTS):
             live = live_types(model, {n: (modules[n], found) for n, found in layouts.items()}, pictures)
-        except ModelError:
-            raise
-        except Exception as error:  # a model raises anything over an input that it was not built for
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ModelError(
-                f"The model does not run on images of size {tuple(input_size)} ({reason}); give its --input-size."
-            ) from error
     return _mark_default(
         [
             _layer(name, modules[name], verdict, seen.get(name), layouts.get(name), live.get(name, ()), position)
             for position, (name, verdict) in enumerate(verdicts.items())
         ]
     )
+
+
+@contextmanager
+def _refusing(model: nn.Module, input_size: tuple[int, int, int], sentence: str) -> Iterator[None]:
+    """Anything that a model raises inside the block as a ModelError: what is wrong with its plain forward, or, where
+    that works, the sentence with the reason at its {}."""
+    try:
+        yield
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        output_size(model, input_size)
+        reason = " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+        raise ModelError(sentence.format(reason)) from error
 
 
 def choose_layers(layers: list[SplitLayer], names: list[str] | None) -> list[SplitLayer]:
@@ -125,19 +146,20 @@ def _layer(
         order=order,
         classifier=verdict.classifier,
         weighted=verdict.weighted,
+        folded=seen is not None and seen.folded,
     )
 
 
 def _mark_default(layers: list[SplitLayer]) -> list[SplitLayer]:
     """The deepest offered layer, all of whose token types matter, that is not the classifier: where there are any, of
-    those that write directly (not by attention weights or a gate), on more than one token, with a place in the picture.
-    """
+    those that write directly (not by attention weights or a gate), on more than one token, and see an image in one
+    piece. Whether a grid was seen does not count: that can depend on the weights."""
     best = [layer for layer in layers if layer.offered and layer.live[0] and not layer.classifier]
     for better in (
         lambda layer: all(layer.live),
         lambda layer: not layer.weighted,
         lambda layer: layer.layout.total > 1,
-        lambda layer: layer.layout.grid is not None,
+        lambda layer: not layer.folded,
     ):
         best = list(filter(better, best)) or best
     deepest = max(best, key=lambda layer: layer.order, default=None)

@@ -3,15 +3,15 @@
 One mechanism for every architecture: in a recorded pass, the modules that finish before the split layer starts keep
 their outputs; in a tail they are replayed instead of run, the split layer returns the given output, and everything
 after it runs as ever. A plan is tried before it is used: every row of a replayed output must belong to one image
-(`network.tail_plan`), a null tail must be the recorded pass bit by bit, and chosen rows must give their own outputs. A
-model whose glue code does not survive that gets the same answers from full re-runs in which only the split layer's
-output is replaced.
+(`network.tail_plan`), and tails of a pass in which the split layers put out something else must be that pass, bit by
+bit, and give chosen rows their own outputs. A model whose glue code does not survive that gets the same answers from
+full re-runs in which only the split layer's output is replaced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from elude_runtime.errors import LayerError
 from elude_runtime.network.tail_plan import FULL, REPLAY, CallOutput, OutputRows, TailPlan, draft_plans, in_order_of
 from elude_runtime.network.tokens import by_image
 
-__all__ = ["FULL", "REPLAY", "Recording", "TailPlan", "TailRunner"]
+__all__ = ["FULL", "REPLAY", "Recording", "TailPlan", "TailRunner", "record_layers"]
 
 _CLOSE = {torch.float16: 2e-2, torch.bfloat16: 0.15}  # of the largest output: the same rows in another batch
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -49,8 +49,8 @@ class Recording:
 class TailRunner:
     """Records passes of a model and re-runs its tails. The model's modules are patched only inside a call.
 
-    Planning takes four passes over two or three random images and a few tails a layer. LayerError for a layer that
-    cannot be split in this model.
+    Planning takes a pass over one random image, three over two, and a layer a tail over one and one over two.
+    LayerError for a layer that cannot be split in this model.
     """
 
     def __init__(self, model: nn.Module, layers: list[str], input_size: tuple[int, int, int]) -> None:
@@ -58,9 +58,10 @@ class TailRunner:
         self.modules = dict(model.named_modules())
         parameter = next(model.parameters())
         with torch.inference_mode(False), torch.no_grad():
-            noise = torch.randn(4, *input_size, generator=torch.Generator().manual_seed(0)).to(parameter)
-            self.plans = draft_plans(model, layers, noise[:3], noise[3])
-            recording = self.record(noise[:2], layers)
+            noise = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0)).to(parameter)
+            self.plans = draft_plans(model, layers, noise[:2], noise[2])
+            with self._hooks({layer: lambda _, __, out: _other(out) for layer in layers}):
+                recording = self.record(noise[:2], layers)
             for layer in layers:
                 self.plans[layer] = self._tried(self.plans[layer], recording)
 
@@ -69,30 +70,21 @@ class TailRunner:
 
         Hooks only look: the numbers are those of `model(images)`.
         """
-        recording = Recording(images, images)
+        outputs: dict[str, list[list[Tensor]]] = {}
         plans = [self.plans[layer] for layer in layers]
         copied = {name for plan in plans for name in plan.copied}
 
-        def keep_output(name: str) -> Callable[..., None]:
+        def keep(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, __: Any, out: Any) -> None:
                 tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
                 tensors = [t.clone() for t in tensors] if name in copied else tensors
-                recording.outputs.setdefault(name, []).append(tensors)
+                outputs.setdefault(name, []).append(tensors)
 
             return hook
 
-        def keep_layer(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: Any, out: Tensor) -> None:
-                # copies: glue code may change either in place later (`y += x`)
-                recording.x[name] = by_image(args[0].clone(), len(images))
-                recording.y[name] = by_image(out.clone(), len(images))
-
-            return hook
-
-        outputs = {name: keep_output(name) for plan in plans for name in plan.read}
-        with torch.no_grad(), self._hooks(outputs), self._hooks({name: keep_layer(name) for name in layers}):
-            recording.logits = self.model(images)
-        return recording
+        with self._hooks({name: keep(name) for plan in plans for name in plan.read}):
+            recording = record_layers(self.model, images, {layer: self.modules[layer] for layer in layers})
+        return replace(recording, outputs=outputs)
 
     def run(
         self,
@@ -134,50 +126,57 @@ class TailRunner:
         for name, calls in plan.calls.items():
             kept = recording.outputs[name] if name in plan.read else None
             replaced[name] = _replay(name, calls, kept, rows, look)
-        with self._hooks({name: changing(change) for name, change in later.items()}), self._forwards(replaced):
+        # Where there are hooks, PyTorch's encoder layer runs its layers one by one, and not by a path of its own that
+        # never calls them: so it does in the recorded pass.
+        hooks = {**dict.fromkeys(recording.y, _look_on), **{name: changing(change) for name, change in later.items()}}
+        with self._hooks(hooks), self._forwards(replaced):
             return self.model(images)
 
     def _tried(self, plan: TailPlan, recording: Recording) -> TailPlan:
-        """The plan that holds: one that records only what is read, or everything, or a full re-run."""
+        """The plan that holds: one that records only what is read, or everything, or a full re-run.
+
+        recording: of two images, every split layer's output changed by `_other`.
+        """
         if plan.mode == REPLAY:
             with _Reads() as reads:
-                holds = self._holds(plan, recording, reads.watch)
-            slim = replace(plan, read=plan.read & reads.found, copied=plan.copied & reads.found)
+                holds = self._holds(plan, recording, [1], reads.watch)
             if holds:
-                return slim if self._holds(slim, recording) else plan
+                slim = replace(plan, read=plan.read & reads.found, copied=plan.copied & reads.found)
+                for tried in (slim, plan):
+                    if self._holds(tried, recording, [0, 1]):
+                        return tried
         full = TailPlan(plan.layer, FULL)
-        if not self._holds(full, recording):
-            raise LayerError(f"{plan.layer} cannot be split: giving it its own output again changes the model's.")
+        if not all(self._holds(full, recording, rows) for rows in ([1], [0, 1])):
+            raise LayerError(
+                f"{plan.layer} cannot be split: given another output of it, the model does not answer as it does where "
+                "the layer really puts that out; choose another layer."
+            )
         return full
 
     def _holds(
-        self, plan: TailPlan, recording: Recording, look: Callable[[str, Tensor], None] = lambda *_: None
+        self,
+        plan: TailPlan,
+        recording: Recording,
+        chosen: list[int],
+        look: Callable[[str, Tensor], None] = lambda *_: None,
     ) -> bool:
-        """Whether a null tail is the recorded pass bit by bit, and chosen rows give their own outputs."""
-        device = recording.images.device
-        for rows in (torch.arange(2, device=device), torch.tensor([1, 0, 1], device=device)):
-            y = recording.y[plan.layer].index_select(0, rows)
-            try:
-                found = self._run(plan, recording, y, rows, {}, look)
-            except Exception:  # glue code that cannot take replayed outputs; a full re-run asks nothing of it
-                return False
-            # broken weights are not the tail's fault
-            found, expected = found.nan_to_num(), recording.logits.index_select(0, rows).nan_to_num()
-            if len(rows) == 2 and not torch.equal(found, expected):
-                return False
-            bound = _CLOSE.get(found.dtype, 1e-2) * float(expected.abs().max())
-            if float((found - expected).abs().max()) > bound:
-                return False
-        return True
-
-    @contextmanager
-    def _hooks(self, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-        handles = [self.modules[name].register_forward_hook(hook) for name, hook in hooks.items()]
+        """Whether a tail gives chosen rows their recorded outputs: all of them bit by bit, some but for rounding."""
+        rows = torch.tensor(chosen, device=recording.images.device)
+        y = recording.y[plan.layer].index_select(0, rows)
+        others = {n: lambda _, out: _other(out) for n in recording.y if n != plan.layer and n not in plan.calls}
         try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            found = self._run(plan, recording, y, rows, others, look)
+        except Exception:  # glue code that cannot take replayed outputs; a full re-run asks nothing of it
+            return False
+        # broken weights are not the tail's fault
+        found, expected = found.nan_to_num(), recording.logits.index_select(0, rows).nan_to_num()
+        if found.shape != expected.shape or len(rows) == len(recording.images):
+            return torch.equal(found, expected)
+        bound = _CLOSE.get(found.dtype, 1e-2) * float(expected.abs().max())
+        return float((found - expected).abs().max()) <= bound
+
+    def _hooks(self, hooks: Mapping[str, Any]) -> AbstractContextManager[None]:
+        return _hooks([(self.modules[name], hook) for name, hook in hooks.items()])
 
     @contextmanager
     def _forwards(self, replaced: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
@@ -195,6 +194,45 @@ class TailRunner:
                     module.__dict__.pop("forward", None)
                 else:
                     module.__dict__["forward"] = earlier
+
+
+def record_layers(model: nn.Module, images: Tensor, layers: Mapping[str, nn.Module]) -> Recording:
+    """A forward pass of the untouched model that keeps input and output of some of its layers, and no more: enough to
+    look at features, not for tails."""
+    recording = Recording(images, images)
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, out: Tensor) -> None:
+            # copies: glue code may change either in place later (`y += x`)
+            recording.x[name] = by_image(args[0].clone(), len(images))
+            recording.y[name] = by_image(out.clone(), len(images))
+
+        return hook
+
+    with torch.no_grad(), _hooks([(module, keep(name)) for name, module in layers.items()]):
+        recording.logits = model(images)
+    return recording
+
+
+@contextmanager
+def _hooks(hooks: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Forward hooks for the length of the block."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _other(y: Tensor) -> Tensor:
+    """Another output than y, of the same size and order in memory: what is positive halved, so that nothing grows and
+    no normalisation undoes it; ones in place of zeros."""
+    return torch.where(y == 0, 1, torch.where(y > 0, y / 2, y))
+
+
+def _look_on(*_: Any) -> None:
+    """A hook that changes nothing."""
 
 
 class _Reads(TorchDispatchMode):

@@ -87,10 +87,11 @@ def draft_plans(model: nn.Module, layers: list[str], images: Tensor, exchanged: 
     """A plan for each layer that replays every module that can be: it has finished when the layer starts, and which
     image a row of its output belongs to is plain.
 
-    images [3, C, H, W]; exchanged: the second of them exchanged for another [C, H, W].
+    images [2, C, H, W]; exchanged: another one [C, H, W] in place of the second. Costs a pass over one image and two
+    over two.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    events, of_three = _trace(model, modules, images)
+    events, of_one = _trace(model, modules, images[:1])
     callers = _callers(events)
     finished = {layer: _finished_before(events, layer, callers) for layer in layers}
     wanted = {name: modules[name] for names in finished.values() for name in names}
@@ -108,14 +109,14 @@ def draft_plans(model: nn.Module, layers: list[str], images: Tensor, exchanged: 
         after.setdefault(name, []).append(_Leaves(out))
 
     with _watching(wanted, first):
-        model(images[:2])
+        model(images)
     changed = {name for name, calls in outputs.items() if [_versions(out) for out in calls] != versions[name]}
     outputs.clear()
     with _watching(wanted, second):
         model(torch.stack([images[0], exchanged]))
     calls = {}
     for name in wanted:
-        found = _calls(of_three[name], before[name], after[name])
+        found = _calls(of_one[name], before.get(name, []), after.get(name, []))
         if found is not None:
             calls[name] = found
     plans = {}
@@ -184,25 +185,25 @@ def _finished_before(events: list[tuple[str, bool]], layer: str, callers: dict[s
     return sorted(name for name in done if not all(above & done for above in callers[name]))
 
 
-def _calls(of_three: list[list[Any]], before: list[_Leaves], after: list[_Leaves]) -> tuple[CallOutput, ...] | None:
-    """What the calls of a module return, from passes over three images, over two, and over two with the second
-    exchanged; None where it is not plain which rows belong to which image."""
-    if not len(of_three) == len(before) == len(after):
+def _calls(of_one: list[list[Any]], before: list[_Leaves], after: list[_Leaves]) -> tuple[CallOutput, ...] | None:
+    """What the calls of a module return, from passes over one image, over two, and over two with the second exchanged;
+    None where it is not plain which rows belong to which image."""
+    if not len(of_one) == len(before) == len(after):
         return None
     calls = []
-    for number, (larger, two, other) in enumerate(zip(of_three, before, after, strict=True)):
-        if not len(larger) == len(two.values) == len(other.values):
+    for number, (single, two, other) in enumerate(zip(of_one, before, after, strict=True)):
+        if not len(single) == len(two.values) == len(other.values):
             return None
         leaves: list[Any] = []
-        for large, value, tensor, sample, exchanged in zip(
-            larger, two.values, two.tensors, two.samples, other.samples, strict=True
+        for one, value, value_after, tensor, sample, exchanged in zip(
+            single, two.values, other.values, two.tensors, two.samples, other.samples, strict=True
         ):
             if tensor is None or sample is None or exchanged is None:
-                if type(large) is not type(value) or large != value:
+                if not _same(one, value) or not _same(value, value_after):
                     return None
                 leaves.append(value)
                 continue
-            rows = _rows(tensor[0], large, sample, exchanged)
+            rows = _rows(tensor[0], one, sample, exchanged)
             if rows is None:
                 return None
             leaves.append(OutputRows(rows, *tensor))
@@ -210,15 +211,24 @@ def _calls(of_three: list[list[Any]], before: list[_Leaves], after: list[_Leaves
     return tuple(calls)
 
 
-def _rows(two: torch.Size, three: torch.Size, sample: Tensor, exchanged: Tensor) -> int | None:
+def _same(one: Any, other: Any) -> bool:
+    """Whether two leaves that are no tensors are the same constant. What does not say so plainly (an array, a dataclass
+    of tensors) is none."""
+    try:
+        return type(one) is type(other) and (one == other) is True
+    except Exception:  # a user's object raises anything
+        return False
+
+
+def _rows(two: torch.Size, one: Any, sample: Tensor, exchanged: Tensor) -> int | None:
     """How many leading entries belong to one image: with another second image, only the second half may change."""
-    if sample.shape != exchanged.shape:
+    if sample.shape != exchanged.shape or not isinstance(one, torch.Size):
         return None
     changed = (sample != exchanged).any(1)
-    if two == three:
+    if two == one:
         return None if bool(changed.any()) else FIXED
     rows = two[0] // 2
-    if two[0] != 2 * rows or three[0] != 3 * rows or two[1:] != three[1:]:
+    if not two or not one or two[0] != 2 * rows or one[0] != rows or two[1:] != one[1:]:
         return None
     return None if bool(changed[:rows].any()) else rows
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from elude_runtime.checkpoint.manifest import ModelSource
 from elude_runtime.errors import ModelError
-from elude_runtime.network.build import Factory, borrowed, build_timm, carry_files, load_weights, output_size
+from elude_runtime.network.build import Factory, build_timm, carry_files, load_weights
+from elude_runtime.network.conditions import borrowed, output_size, refuse_compiled
 from elude_runtime.network.preprocessing import DataConfig
 
 
@@ -28,6 +29,7 @@ class BaseModel:
 
 def describe_model(model: nn.Module, factory: str | None, args: dict[str, Any] | None) -> BaseModel:
     """How a model in memory is built again, checked: ModelError when it cannot be."""
+    refuse_compiled(model)
     if factory:
         made = Factory.parse(factory)
         again, files = made.build(args)

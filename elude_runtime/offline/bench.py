@@ -22,7 +22,7 @@ from torch import nn
 
 from elude_runtime.analysis.model import EludeModel
 from elude_runtime.errors import EludeError
-from elude_runtime.network.build import borrowed
+from elude_runtime.network.conditions import borrowed
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.offline.images import ImageSource, Progress
 from elude_runtime.offline.rewrite import BaseModel, rewrite_checkpoint

@@ -34,7 +34,7 @@ from elude_runtime.checkpoint.storage import (
     write_tensors,
 )
 from elude_runtime.errors import ModelError, SettingsError
-from elude_runtime.network.build import borrowed, output_size, usable_device
+from elude_runtime.network.conditions import borrowed, output_size, usable_device
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.network.split_layers import choose_layers, find_split_layers
 from elude_runtime.network.tokens import TYPE_NAMES

@@ -31,7 +31,8 @@ from elude_runtime.checkpoint.storage import (
     write_json,
 )
 from elude_runtime.errors import EludeError
-from elude_runtime.network.build import borrowed, load_weights
+from elude_runtime.network.build import load_weights
+from elude_runtime.network.conditions import borrowed
 from elude_runtime.network.explicit import explicit_model
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.preprocessing import DataConfig, decode_image, to_input, upright_image
@@ -291,16 +292,29 @@ def check_explicit(base: nn.Module, explicit: Callable[[torch.dtype], nn.Module]
     device = next(base.parameters()).device
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = images.to(device, dtype)
-        with torch.no_grad():
-            z = copy.deepcopy(base).to(dtype)(x).double()
-            other = explicit(dtype)(x).double()
         key = str(dtype).removeprefix("torch.")
+        with torch.no_grad():
+            try:
+                z = copy.deepcopy(base).to(dtype)(x).double()
+            except Exception as error:  # not every model runs in every type
+                if dtype == torch.float64:
+                    text = f"Not checked: the base model does not run in float64 ({_one_line(error)})."
+                    return Check("explicit", None, text)
+                continue
+            try:
+                other = explicit(dtype)(x).double()
+            except Exception as error:  # glue code may ask of a layer what the explicit form does not have
+                return Check(
+                    "explicit", False, f"The explicit form does not run in {key} ({_one_line(error)}).", figures
+                )
         figures[key] = _relative(other, z)
-    detail = (
-        f"Outputs of the explicit form, relative to the largest: float64 {figures['float64']:.1e}, "
-        f"float32 {figures['float32']:.1e}, bfloat16 {figures['bfloat16']:.1e}."
-    )
+    listed = ", ".join(f"{key} {error:.1e}" for key, error in figures.items())
+    detail = f"Outputs of the explicit form, relative to the largest: {listed}."
     return Check("explicit", figures["float64"] <= FLOAT64_BOUND, detail, figures)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 def _explicit(model: EludeModel, dtype: torch.dtype) -> nn.Module:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Rewritten
-from support import FIRST, SECOND, VIT_ARGS, naive_sums
+from support import FIRST, SECOND, VIT_ARGS, VIT_DATA, input_tensor, naive_sums, tiny_vit
 from torch import Tensor
 
 import elude_runtime as elude
+from elude_runtime.analysis.model import EludeModel
 from elude_runtime.errors import FeatureError, LayerError, SettingsError
 
 
@@ -107,3 +112,86 @@ def test_the_last_block_serves_the_class_token_only(tmp_path: Path, vit: Rewritt
     with pytest.raises(FeatureError, match="no effect"):
         model.feature(f"{layer}/P0")
     assert bool(torch.isfinite(model.subunits(vit.images, layer)).all())
+
+
+def test_looking_at_features_plans_no_tails(rewritten: Rewritten) -> None:
+    loaded = elude.load(rewritten.path)
+    loaded.subunits(rewritten.images, rewritten.layer)
+    loaded.concepts(rewritten.images, rewritten.layer)
+    assert "tails" not in vars(loaded)
+    loaded.explain(rewritten.images[:1], [0])
+    assert "tails" in vars(loaded)
+
+
+def attributions(model: EludeModel, images: Tensor) -> list[float]:
+    explained = model.explain(images[:2], [0, 1], method="integrated_gradients")
+    return [f.attribution for image in explained for e in image for layer in e.layers for f in layer.features]
+
+
+def test_everything_works_in_inference_mode(vit: Rewritten, tmp_path: Path) -> None:
+    expected, base = attributions(vit.model, vit.images), tiny_vit()
+    with torch.inference_mode():
+        loaded = elude.load(vit.path)
+        assert attributions(loaded, vit.images.clone()) == expected
+        made = elude.rewrite(
+            base, input_tensor(VIT_DATA, 8, 0), out=tmp_path / "ckpt", layers=[SECOND], subunits=2, concepts=2,
+            tokens=8, data_config=VIT_DATA, model_args=VIT_ARGS,
+        )  # fmt: skip
+    assert attributions(loaded, vit.images) == expected
+    assert made.manifest.layers[0].attribution.images == 8 and attributions(made, vit.images)
+
+
+def test_a_model_that_recomputes_its_activations(vit: Rewritten, tmp_path: Path) -> None:
+    """timm's gradient checkpointing runs blocks again in the backward pass, when nothing is replaced any more."""
+    base = tiny_vit()
+    base.set_grad_checkpointing(True)
+    made = elude.rewrite(
+        base, vit.folder, out=tmp_path / "ckpt", layers=[SECOND, FIRST], subunits=4, concepts=6, tokens=24,
+        batch_size=8, data_config=VIT_DATA, model_args=VIT_ARGS,
+    )  # fmt: skip
+    assert [e.attribution for e in made.manifest.layers] == [e.attribution for e in vit.model.manifest.layers]
+    assert base.grad_checkpointing is True
+    direct = EludeModel(base, made.manifest, {s.name: s.partition for s in vit.model.states.values()})
+    assert attributions(direct, vit.images) == attributions(vit.model, vit.images)
+
+
+def test_threads_take_turns(vit: Rewritten) -> None:
+    loaded = elude.load(vit.path)
+    expected, explained = vit.base(vit.images), attributions(vit.model, vit.images)
+    sums = vit.model.subunits(vit.images, SECOND)
+    stop, wrong = threading.Event(), []
+
+    def predict() -> None:
+        while not stop.is_set():
+            with torch.no_grad():
+                if not torch.equal(loaded(vit.images), expected):
+                    wrong.append("prediction")
+
+    def look() -> None:
+        while not stop.is_set():
+            if not torch.equal(loaded.subunits(vit.images, SECOND), sums):
+                wrong.append("sub-units")
+
+    def guarded(task: Callable[[], None]) -> None:
+        try:
+            task()
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=guarded, args=(task,)) for task in (predict, look)]
+    for thread in threads:
+        thread.start()
+    try:
+        found = [attributions(loaded, vit.images) for _ in range(8)]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong and found == [explained] * 8
+
+
+def test_it_can_be_copied_and_pickled(vit: Rewritten) -> None:
+    expected = attributions(vit.model, vit.images)
+    for again in (copy.deepcopy(vit.model), pickle.loads(pickle.dumps(elude.load(vit.path)))):
+        assert torch.equal(again(vit.images), vit.model(vit.images))
+        assert attributions(again, vit.images) == expected

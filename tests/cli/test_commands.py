@@ -44,7 +44,7 @@ class TestLayers:
         ran = run("layers", VIT, *MODEL_ARGS)
         assert ran.code == 0
         (line,) = [line for line in ran.out.splitlines() if "default" in line]
-        assert SECOND in line and "added to the stream" in line
+        assert SECOND in line and "4x4" in line and "added to the stream" in line
         assert "blocks.1.mlp.fc1" not in ran.out and "--all" in ran.out
 
     def test_all_with_reasons(self, run: Run) -> None:

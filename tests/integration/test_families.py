@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import README, check, listed, some_of_every_kind
 from family_list import CLASSES, FAMILIES, Family, build
+from support import forward_with
 
 import elude_runtime as elude
 from elude_runtime.network.preprocessing import DataConfig
@@ -71,7 +72,7 @@ def test_the_whole_way(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["ViT", "Swin", "ConvNeXt V2", "ResNetV2, standardised (BiT)", "MobileNet V3"])
 def test_narrow_networks(name: str, dtype: torch.dtype) -> None:
-    """The same layers are offered in half precision, and their tails hold."""
+    """The same layers are offered in half precision, and their tails hold, of another output than the layer's too."""
     family: Family = BY_NAME[name]
     base, size = build(family), (3, family.size, family.size)
     expected = find_split_layers(base, size)
@@ -81,7 +82,13 @@ def test_narrow_networks(name: str, dtype: torch.dtype) -> None:
     ]
     layer = next(x.name for x in found if x.default)
     runner = TailRunner(base, [layer], size)
-    recording = runner.record(torch.randn(3, *size).to(dtype), [layer])
+    images = torch.randn(3, *size).to(dtype)
+    recording = runner.record(images, [layer])
+    y = recording.y[layer]
+    changed = y + y.std() * torch.randn(y.shape).to(dtype)
     with torch.no_grad():
-        again = runner.run(recording, layer, recording.y[layer], torch.arange(3))
+        again = runner.run(recording, layer, y, torch.arange(3))
+        found = runner.run(recording, layer, changed, torch.arange(3))
+        expected = forward_with(base, images, {layer: lambda _, out: changed.reshape(out.shape)})
     assert torch.equal(again, recording.logits)
+    assert torch.equal(found, expected) and not torch.equal(found, again)

@@ -12,7 +12,8 @@ from support import VIT, VIT_ARGS, tiny_vit
 from torch import nn
 
 from elude_runtime.errors import ModelError
-from elude_runtime.network.build import Factory, build_timm, carry_files, json_args, load_weights, output_size
+from elude_runtime.network.build import Factory, build_timm, carry_files, json_args, load_weights
+from elude_runtime.network.conditions import output_size
 
 FACTORY = """
 import json
@@ -184,33 +185,12 @@ def test_each_tensor_keeps_its_own_type() -> None:
     assert output_size(model, (3, 32, 32)) == 7
 
 
-class TestOutputSize:
-    def test_classes_and_embeddings(self) -> None:
-        model = tiny_vit().train()
-        assert output_size(model, (3, 32, 32)) == 7 and model.training
-        assert output_size(tiny_vit(num_classes=0), (3, 32, 32)) == 32
-
-    def test_types_that_do_not_run_together(self) -> None:
-        model = tiny_vit().to(torch.bfloat16)
-        model.head.float()
-        with pytest.raises(ModelError, match="mixes bfloat16 and float32: save it in one type"):
-            output_size(model, (3, 32, 32))
-
-    def test_another_size(self) -> None:
-        with pytest.raises(ModelError, match="does not run on images of size .*--input-size"):
-            output_size(tiny_vit(), (3, 40, 40))
-
-    @pytest.mark.parametrize(
-        ("answer", "said"),
-        [(lambda x: {"logits": x}, "a dict"), (lambda x: (x, x), "a tuple"), (lambda x: x, r"a tensor \[2, 3, 8, 8\]")],
+def test_a_factory_that_compiles(tmp_path: Path) -> None:
+    (tmp_path / "build.py").write_text(
+        "import torch\ndef build():\n    return torch.compile(torch.nn.Linear(3, 2), backend='eager')\n"
     )
-    def test_what_is_no_row_of_numbers(self, answer: object, said: str) -> None:
-        class Other(nn.Conv2d):
-            def forward(self, x: torch.Tensor) -> object:
-                return answer(super().forward(x))  # type: ignore[operator]
-
-        with pytest.raises(ModelError, match=f"returns {said} .*one tensor"):
-            output_size(Other(3, 3, 1), (3, 8, 8))
+    with pytest.raises(ModelError, match="^The model is compiled or scripted; "):
+        Factory.parse(f"{tmp_path / 'build.py'}:build").build()
 
 
 def test_arguments() -> None:

@@ -61,6 +61,16 @@ def in_place_through_a_view(n: Network, s: Tensor, y: Tensor) -> Tensor:
     return s + y
 
 
+def through_data(n: Network, s: Tensor, y: Tensor) -> Tensor:
+    y.data.relu_()
+    return s + y
+
+
+def through_storage(n: Network, s: Tensor, y: Tensor) -> Tensor:
+    torch.empty(0).set_(y.untyped_storage(), 0, y.shape, y.stride()).relu_()
+    return s + y
+
+
 LINEAR: dict[str, tuple[After, str]] = {
     "residual": (lambda n, s, y: s + y, ADDED),
     "residual in place": (lambda n, s, y: y.add_(s), ADDED),
@@ -77,12 +87,21 @@ LINEAR: dict[str, tuple[After, str]] = {
     "written into a buffer": (lambda n, s, y: n.other(into_a_buffer(n, s, y)), PASSED_ON),
     "shuffled by constants": (lambda n, s, y: s + y[:, torch.tensor([2, 0, 1, 3])].flip(1).roll(1, 2), ADDED),
     "masked by constants": (lambda n, s, y: s + y.masked_fill(torch.eye(4, 8).bool(), 0.0), ADDED),
+    "interpolated by constants": (lambda n, s, y: torch.lerp(s, y, n.scale), ADDED),
+    "weight of constants": (lambda n, s, y: s + torch.lerp(n.scale, 2 * n.scale, y), ADDED),
+    "added by addcdiv": (lambda n, s, y: torch.addcdiv(s, y, 1 + n.scale), ADDED),
+    "copied to places": (lambda n, s, y: s + torch.zeros_like(s).index_copy(1, torch.tensor([3, 1, 0, 2]), y), ADDED),
+    "copied by a mask": (lambda n, s, y: s + torch.zeros_like(s).masked_scatter(torch.ones(4, 8).bool(), y), ADDED),
+    "triangle": (lambda n, s, y: s + y.tril() + y.triu(1), ADDED),
+    "another float": (lambda n, s, y: s + y.double().float(), ADDED),
     "the stream it starts": (lambda n, s, y: y + n.other(y).tanh(), f"{ADDED} and {PASSED_ON}"),
 }
 
 WEIGHTED: dict[str, tuple[After, str]] = {
     "gate beside it": (lambda n, s, y: s + y * s.sigmoid(), ADDED),
     "divided by the stream": (lambda n, s, y: s + y * (1 / (1 + s.exp())), ADDED),
+    "weight between others": (lambda n, s, y: torch.lerp(s, 2 * s, y), ADDED),
+    "interpolated by the stream": (lambda n, s, y: s + torch.lerp(n.scale, y, s.sigmoid()), ADDED),
     "values of attention": (lambda n, s, y: n.other(attention(n, s, s, y)), PASSED_ON),
     "values of fused attention": (lambda n, s, y: s + F.scaled_dot_product_attention(s, s, y), ADDED),
 }
@@ -91,6 +110,8 @@ REFUSED: dict[str, tuple[After, str]] = {
     "nonlinearity": (lambda n, s, y: F.gelu(y), "nonlinearity (gelu)"),
     "nonlinearity in place": (lambda n, s, y: y.relu_(), "nonlinearity (relu)"),
     "nonlinearity in place through a view": (in_place_through_a_view, "nonlinearity (relu)"),
+    "nonlinearity in place through .data": (through_data, "nonlinearity (relu)"),
+    "nonlinearity in place through its storage": (through_storage, "nonlinearity (relu)"),
     "nonlinearity beside a residual": (lambda n, s, y: s + y + y.sigmoid(), "nonlinearity (sigmoid)"),
     "post-norm": (lambda n, s, y: s + n.norm(y), "followed by a norm"),
     "root mean square": (lambda n, s, y: s + y * (y.pow(2).mean(-1, True) + 1e-6).rsqrt(), "followed by a norm"),
@@ -102,10 +123,14 @@ REFUSED: dict[str, tuple[After, str]] = {
     "gate of its mean": (lambda n, s, y: s + y * y.mean(1, True).sigmoid(), "nonlinearity (sigmoid)"),
     "square": (lambda n, s, y: s + y * y, "gate that depends on it"),
     "gate of the stream it was added to": (lambda n, s, y: y * (s + y).sigmoid(), "gate that depends on it"),
+    "weight of itself": (lambda n, s, y: s + torch.lerp(y, 2 * y, y), "gate that depends on it"),
     "queries": (lambda n, s, y: s + attention(n, y, s, s), "followed by attention"),
     "keys of fused attention": (lambda n, s, y: s + F.scaled_dot_product_attention(s, y, s), "followed by attention"),
     "queries, keys and values": (lambda n, s, y: s + attention(n, y, y, y), "followed by attention"),
     "denominator": (lambda n, s, y: s / (3 + y), "divided by what depends on it"),
+    "denominator of addcdiv": (lambda n, s, y: torch.addcdiv(s, n.scale, 3 + y), "divided by what depends on it"),
+    "rounded": (lambda n, s, y: s + (10 * y).to(torch.int8).to(s.dtype), "rounding to whole numbers"),
+    "a mask": (lambda n, s, y: s.masked_fill(y.to(torch.bool), 0.0), "rounding to whole numbers"),
     "index": (lambda n, s, y: s.gather(1, y.argmax(1, True)), "nonlinearity (argmax)"),
     "choice": (lambda n, s, y: torch.where(y > 0, y, s), "nonlinearity (gt)"),
     "unused": (lambda n, s, y: s, "never used"),
@@ -152,6 +177,28 @@ def test_classifiers_are_what_reaches_the_output_and_nothing_else() -> None:
     assert not graph.verdict("third").offered and not graph.verdict("stem").offered
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     assert graph_of(model).verdict("1") == Verdict(True, OUTPUT, classifier=True)
+
+
+class Clamped(nn.Linear):
+    """A nonlinearity of its own, which random images may never reach."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).clamp(-1e4, 1e4)
+
+
+class Computed(nn.Linear):
+    """A matrix product that makes its weight comes before the one of the images."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight @ torch.eye(self.in_features), self.bias)
+
+
+def test_the_walk_starts_at_the_linear_operation() -> None:
+    model = Network(LINEAR["residual"][0])
+    model.layer = Clamped(8, 8)
+    assert graph_of(model).verdict("layer") == Verdict(False, "followed by a nonlinearity (clamp)")
+    model.layer = Computed(8, 8)
+    assert graph_of(model).verdict("layer") == Verdict(True, ADDED)
 
 
 def test_what_does_not_run_or_does_not_see_the_image() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from support import tiny_vit
 from timm.layers import ScaledStdConv2dSame
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], TokenLayout]] = {
 def test_the_layout_of_tokens_is_seen(case: str) -> None:
     arrange, expected = LAYOUTS[case]
     found = seen(Patches(arrange, lambda t: t if len(t) < 18 else t.unflatten(0, (-1, 6))))["layer"]
-    assert found == Seen(expected, None)
+    assert found == Seen(expected, None, folded=case == "folded windows")
 
 
 def test_a_convolutions_positions_are_its_grid() -> None:
@@ -93,17 +94,98 @@ def test_a_convolutions_positions_are_its_grid() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arrange", "said"),
+    [
+        (lambda x: folded(x, False), "not laid out image by image"),
+        (lambda x: line(x).transpose(0, 1), "come before the images"),
+        (lambda x: line(x) + line(x).mean(0, True), "not laid out image by image"),
+        (lambda x: F.dropout(line(x), 0.5, training=True), "differs from pass to pass"),
+    ],
+    ids=["windows, images innermost", "tokens first", "images mixed", "dropout"],
+)
+def test_rows_that_are_not_of_one_image_are_refused(arrange: Any, said: str) -> None:
+    found = seen(Patches(arrange, lambda t: t.reshape(3, -1, 16)))["layer"]
+    assert found.refusal is not None and said in found.refusal
+
+
+def test_a_layer_called_by_keyword() -> None:
+    class Named(Patches):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(input=self.norm(line(self.embed(x)))).mean(1))
+
+    assert "keyword argument" in (seen(Named(line))["layer"].refusal or "")
+
+
+def beside(front: int, behind: int) -> Callable[[Tensor], Tensor]:
+    """Patches after so many learned tokens and before so many more."""
+    learned = torch.randn(1, front + behind, 16, generator=torch.Generator().manual_seed(3))
+
+    def arrange(x: Tensor) -> Tensor:
+        tokens = learned.expand(len(x), -1, -1)
+        return torch.cat([tokens[:, :front], line(x), tokens[:, front:]], 1)
+
+    return arrange
+
+
+@pytest.mark.parametrize(
     "arrange",
     [
-        lambda x: folded(x, False),
-        lambda x: line(x).transpose(0, 1),
-        lambda x: line(x) + line(x).mean(0, True),
+        beside(0, 1),
+        beside(0, 6),  # 30 tokens, which fill a grid of 5 x 6
+        beside(1, 4),
+        lambda x: torch.cat([beside(0, 1)(x)[:, :12], beside(0, 1)(x)[:, 24:], line(x)[:, 12:]], 1),
     ],
-    ids=["windows, images innermost", "tokens first", "images mixed"],
+    ids=["one behind", "a row behind", "before and behind", "in the middle"],
 )
-def test_rows_that_are_not_of_one_image_are_refused(arrange: Any) -> None:
-    found = seen(Patches(arrange, lambda t: t.reshape(3, -1, 16)))["layer"]
-    assert found.refusal == "its tokens are not laid out image by image"
+def test_learned_tokens_that_do_not_come_first_are_refused(arrange: Any) -> None:
+    found = seen(Patches(arrange))["layer"]
+    assert found.layout.grid is None and "must come first" in (found.refusal or "")
+
+
+def test_padding_is_no_learned_token() -> None:
+    def padded(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 1)).flatten(2).transpose(1, 2)
+
+    model = Patches(padded)
+    nn.init.normal_(model.norm.bias)
+    assert seen(model)["layer"].refusal is None
+
+
+@pytest.mark.parametrize(
+    ("arrange", "grid"),
+    [(line, (4, 6)), (lambda x: line(x.transpose(2, 3)), None), (lambda x: line(x).flip(1), None)],
+    ids=["row by row", "column by column", "backwards"],
+)
+def test_the_declared_prefix_counts_where_nothing_contradicts_it(arrange: Any, grid: tuple[int, int] | None) -> None:
+    """A class token that is not learned, but made of the image, is never the same."""
+
+    def with_mean(x: Tensor) -> Tensor:
+        return torch.cat([line(x).mean(1, True), arrange(x)], 1)
+
+    model = Patches(with_mean)
+    model.num_prefix_tokens = 1  # type: ignore[assignment]
+    assert seen(model)["layer"].layout == TokenLayout(25, 1, grid)
+    model = Patches(with_tokens(2))
+    model.num_prefix_tokens = 1  # type: ignore[assignment]
+    assert seen(model)["layer"].layout == TokenLayout(26, 2, (4, 6))
+    model = Patches(arrange)
+    model.num_prefix_tokens = 1  # type: ignore[assignment]
+    assert seen(model)["layer"].layout == TokenLayout(24, 0, grid)
+
+
+def test_the_places_of_a_map_are_kept_where_no_change_can_show_them() -> None:
+    """Tokens that are, row by row, the map before them: even where every place has seen the whole picture."""
+
+    class Mixed(Patches):
+        def forward(self, x: Tensor) -> Tensor:
+            places = self.embed(x)
+            everywhere = places + 50 * places.mean((2, 3), keepdim=True)
+            return self.head(self.layer(self.norm(self.arrange(self.keep(everywhere)))).mean(1))
+
+    for arrange, grid in ((line, (4, 6)), (lambda x: line(x.transpose(2, 3)), None)):
+        model = Mixed(arrange)
+        model.keep = nn.Identity()
+        assert seen(model)["layer"].layout == TokenLayout(24, 0, grid)
 
 
 def test_a_token_order_that_changes_on_the_way() -> None:
@@ -193,20 +275,48 @@ def test_nothing_to_split() -> None:
 
 
 class TestLiveTypes:
-    def test_in_the_last_block_of_a_vit_only_the_class_token_matters(self) -> None:
-        model = tiny_vit(reg_tokens=2)
+    def test_in_the_last_block_of_a_vit_only_the_class_token_matters(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("elude_runtime.network.probe._LARGE", 1)  # all that is kept for the gradient is narrowed
+        model = tiny_vit(reg_tokens=2).requires_grad_(False)
         layouts = {n: o.layout for n, o in seen(model, (3, 32, 32)).items()}
         wanted = ["blocks.1.mlp.fc2", "blocks.2.mlp.fc2", "head"]
         layers = {n: (model.get_submodule(n), layouts[n]) for n in wanted}
         found = live_types(model, layers, pictures((3, 32, 32)))
         assert found == {"blocks.1.mlp.fc2": (True, True), "blocks.2.mlp.fc2": (False, True), "head": (True,)}
 
+    def test_a_layer_that_is_changed_in_place(self) -> None:
+        class Added(Patches):
+            def forward(self, x: Tensor) -> Tensor:
+                tokens = line(self.embed(x))
+                return self.head(self.layer(tokens).add_(tokens).relu_().mean(1))
+
+        model = Added(line).requires_grad_(False)
+        found = live_types(
+            model, {"layer": (model.layer, TokenLayout(24)), "head": (model.head, TokenLayout(1))}, pictures()
+        )
+        assert found == {"layer": (True,), "head": (True,)}
+
+    def test_the_gradient_starts_at_the_first_layer_and_is_of_one_picture(self) -> None:
+        model = tiny_vit(depth=4).requires_grad_(False)
+        met: list[tuple[int, bool]] = []
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda _, args: met.append((len(args[0]), args[0].requires_grad)))
+        live_types(model, {"second": (model.blocks[1].mlp.fc2, TokenLayout(17))}, pictures((3, 32, 32)))
+        assert met == [(1, False), (1, False), (1, True), (1, True)]
+
+    def test_weights_are_not_narrowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is kept for the gradient is copied in half its size; of weights there is a copy already."""
+        monkeypatch.setattr("elude_runtime.network.probe._LARGE", 1)
+        narrowed: list[int] = []
+        narrow = Tensor.bfloat16
+        monkeypatch.setattr(Tensor, "bfloat16", lambda t: (narrowed.append(t.data_ptr()), narrow(t))[1])
+        model = tiny_vit().requires_grad_(False)
+        live_types(model, {"first": (model.blocks[0].mlp.fc2, TokenLayout(17))}, pictures((3, 32, 32)))
+        assert narrowed and not {p.data_ptr() for p in model.parameters()} & set(narrowed)
+
     def test_it_leaves_no_trace(self) -> None:
-        model = tiny_vit()
-        model.blocks[0].requires_grad_(False)
-        wanted = [p.requires_grad for p in model.parameters()]
+        model = tiny_vit().requires_grad_(False)
         live_types(model, {"head": (model.head, TokenLayout(1))}, pictures((3, 32, 32)))
-        assert [p.requires_grad for p in model.parameters()] == wanted
         assert all(p.grad is None for p in model.parameters())
         assert not any(m._forward_hooks for m in model.modules())
 

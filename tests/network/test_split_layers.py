@@ -64,6 +64,24 @@ def test_the_default_of_mobilenetv2_is_its_last_bottleneck() -> None:
     )
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "default", "grid"),
+    [
+        ("levit_128s", "stages.2.blocks.3.mlp.ln2.linear", None),  # 16 tokens that have all seen everything
+        ("tiny_vit_5m_224", "stages.3.blocks.1.mlp.fc2", (7, 7)),
+        ("pvt_v2_b0", "stages.3.blocks.1.mlp.fc2", (7, 7)),
+    ],
+)
+def test_the_default_at_native_size_is_deep_whatever_the_weights(
+    name: str, default: str, grid: tuple[int, int] | None, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    found = {layer.name: layer for layer in find_split_layers(timm.create_model(name).eval(), (3, 224, 224))}
+    assert [layer.name for layer in found.values() if layer.default] == [default]
+    assert found[default].layout.grid == grid
+
+
 @pytest.mark.parametrize(
     ("network", "layer", "reason"),
     [
@@ -185,6 +203,81 @@ def test_an_input_size_that_does_not_fit() -> None:
         find_split_layers(tiny_vit(), (3, 40, 40))
 
 
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.flatten(1)))
+
+
+class WithoutGradients(Head):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class IntoABuffer(Head):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.flatten(1))
+        return self.second(torch.add(y, 1, out=torch.empty_like(y)))
+
+
+class NotRecorded(Head):
+    """Fails only while operations are recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.utils._python_dispatch._len_torch_dispatch_stack():
+            raise RuntimeError("no such operation")
+        return super().forward(x)
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return Head()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (WithoutGradients, r"runs, but not with gradients \(.*no_grad"),
+        (IntoABuffer, r"runs, but not with gradients \(.*out=.*\); keep"),
+        (made_in_inference_mode, "made in inference mode"),
+        (NotRecorded, r"runs, but its operations cannot be recorded \(no such operation\)"),
+        (lambda: nn.Sequential(nn.Flatten(), torch.jit.script(nn.Linear(12, 4))), "compiled or scripted"),
+    ],
+)
+def test_what_is_wrong_is_not_put_on_the_input_size(make: Any, said: str) -> None:
+    with pytest.raises(ModelError, match=said) as refused:
+        find_split_layers(make().eval(), (3, 2, 2))
+    assert "--input-size" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_memory_that_is_out_is_said_as_it_is() -> None:
+    class Huge(Head):
+        def forward(self, x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        find_split_layers(Huge(), (3, 2, 2))
+
+
+def test_images_of_another_number_of_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(16, 2)).eval()
+    with pytest.raises(ModelError, match=r"takes images of 1 channels; .* of 3"):
+        find_split_layers(model, (3, 2, 2))
+
+
+def test_recomputing_activations_changes_nothing() -> None:
+    """timm's gradient checkpointing, which is on in eval mode too."""
+    model = tiny_vit()
+    expected = find_split_layers(model, VIT_DATA.input_size)
+    model.set_grad_checkpointing(True)
+    assert find_split_layers(model, VIT_DATA.input_size) == expected
+    assert model.grad_checkpointing
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_in_other_dtypes_the_same_is_found(dtype: torch.dtype) -> None:
     assert find_split_layers(tiny_vit(reg_tokens=2).to(dtype), VIT_DATA.input_size) == find_split_layers(
@@ -211,12 +304,16 @@ class TestDefault:
             {"live": (True, False)},
             {"weighted": True},
             {"layout": TokenLayout(1)},
-            {"layout": TokenLayout(4)},
+            {"folded": True},
         ],
         ids=str,
     )
     def test_a_deeper_but_worse_layer_is_not_taken(self, worse: dict[str, Any]) -> None:
         layers = [self.layer("first", 0), self.layer("second", 1), self.layer("third", 2, **worse)]
+        assert [layer.name for layer in _mark_default(layers) if layer.default] == ["second"]
+
+    def test_a_grid_that_was_not_seen_does_not_count(self) -> None:
+        layers = [self.layer("first", 0), self.layer("second", 1, layout=TokenLayout(4))]
         assert [layer.name for layer in _mark_default(layers) if layer.default] == ["second"]
 
     @pytest.mark.parametrize("poor", [{"weighted": True}, {"layout": TokenLayout(1)}, {"live": (True, False)}], ids=str)

@@ -7,10 +7,11 @@ from functools import lru_cache
 import pytest
 import timm
 import torch
-from support import forward_with, hook_count, tiny_mobilenet, tiny_vit
+from support import TorchEncoder, forward_with, hook_count, tiny_mobilenet, tiny_vit
 from torch import Tensor, nn
 
-from elude_runtime.network.tail import FULL, REPLAY, Recording, TailPlan, TailRunner
+from elude_runtime.errors import LayerError
+from elude_runtime.network.tail import FULL, REPLAY, Recording, TailPlan, TailRunner, record_layers
 
 # network: (layer, a later layer, input size, how its tails run)
 CASES = {
@@ -386,3 +387,69 @@ def test_narrow_networks_are_replayed_too(dtype: torch.dtype) -> None:
         changed = recording.y[layer] * 2
         found = runner.run(recording, layer, changed, torch.arange(3))
         assert torch.equal(found, forward_with(model, images, {layer: lambda x, y: changed}))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("layer", ["encoder.layers.0.linear2", "encoder.layers.2.linear2"])
+def test_pytorchs_encoder_takes_the_given_output(layer: str, norm_first: bool) -> None:
+    """Its fused path, which it takes where there are no hooks, never calls the layer."""
+    model = TorchEncoder(norm_first)
+    runner, images = runner_of(model, layer)
+    assert runner.plans[layer].mode == REPLAY
+    check_tails(runner, model, images, layer)
+
+
+def test_tails_of_one_layer_run_the_other_recorded_ones_as_recorded() -> None:
+    model, layers = TorchEncoder(True), [f"encoder.layers.{i}.linear2" for i in range(3)]
+    runner = TailRunner(model, layers, (3, 4, 4))
+    recording = runner.record(torch.randn(4, 3, 4, 4), layers)
+    for layer in layers:
+        again = runner.run(recording, layer, recording.y[layer].clone(), torch.arange(4))
+        assert torch.equal(again, recording.logits)
+
+
+def test_a_layer_whose_given_output_is_ignored_is_refused() -> None:
+    """A tail that gives back the layer's own output would not show it."""
+
+    class Bypass(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x.flatten(1))
+            own = "forward" in self.layer.__dict__
+            y = nn.functional.linear(h, self.layer.weight, self.layer.bias) if own else self.layer(h)
+            return self.head(h + y.tanh())
+
+    with pytest.raises(LayerError, match="layer cannot be split: given another output .* choose another layer"):
+        runner_of(Bypass())
+
+
+def test_a_layer_that_puts_out_nothing_is_tried_with_something() -> None:
+    class Ignored(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x.flatten(1))
+            y = self.layer(h)
+            return self.head(h if "forward" in self.layer.__dict__ else h + y)
+
+    model = Ignored()
+    torch.nn.init.zeros_(model.layer.weight)
+    torch.nn.init.zeros_(model.layer.bias)
+    with pytest.raises(LayerError, match="cannot be split"):
+        runner_of(model)
+
+
+@pytest.mark.parametrize("layers", [["layer"], ["blocks.0", "blocks.2", "layer"]])
+def test_what_planning_costs(layers: list[str]) -> None:
+    model, images, counted = Chain().eval().requires_grad_(False), torch.randn(4, 3, 4, 4), []
+    hook = model.register_forward_pre_hook(lambda _, args: counted.append(len(args[0])))
+    runner = TailRunner(model, layers, (3, 4, 4))
+    hook.remove()
+    assert sum(counted) == 7 + 3 * len(layers)
+    for layer in layers:
+        assert runner.plans[layer].mode == REPLAY
+        check_tails(runner, model, images, layer)
+
+
+def test_a_recording_without_tails(case: tuple) -> None:
+    layer, _, model, _, images, recording = case
+    found = record_layers(model, images, {layer: model.get_submodule(layer)})
+    assert torch.equal(found.x[layer], recording.x[layer]) and torch.equal(found.y[layer], recording.y[layer])
+    assert torch.equal(found.logits, recording.logits) and not found.outputs and hook_count(model) == 0

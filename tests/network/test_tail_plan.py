@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import hook_count
@@ -11,6 +13,15 @@ from torch import Tensor, nn
 
 from elude_runtime.network.tail import TailRunner
 from elude_runtime.network.tail_plan import FIXED, FULL, REPLAY, OutputRows, TailPlan, draft_plans, in_order_of
+
+IMAGES = torch.randn(3, 6, 1, 1, generator=torch.Generator().manual_seed(1))
+
+
+@dataclass
+class Features:
+    """A custom output: no tree of tensors to PyTorch."""
+
+    x: Tensor
 
 
 class Part(nn.Module):
@@ -38,9 +49,8 @@ class Model(nn.Module):
 
 
 def plan_of(model: nn.Module, layer: str = "layer") -> TailPlan:
-    images = torch.randn(4, 6, 1, 1, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        plan = draft_plans(model.eval(), [layer], images[:3], images[3])[layer]
+        plan = draft_plans(model.eval(), [layer], IMAGES[:2], IMAGES[2])[layer]
     assert hook_count(model) == 0
     return plan
 
@@ -73,8 +83,13 @@ def test_rows_that_belong_to_images(make: Any, tidy: Any, rows: list[int]) -> No
         (lambda x: (x, x.mean(0)), lambda out: out[0] + out[1]),
         (lambda x: (x, x.mean()), lambda out: out[0] * out[1]),
         (lambda x: (x, len(x)), lambda out: out[0] / out[1]),
+        (lambda x: (x, torch.equal(x[-1], IMAGES[2].flatten())), lambda out: out[0] * out[1]),
+        (lambda x: Features(x), lambda out: out.x),
+        (lambda x: (x, np.array([1.0, 2.0])), lambda out: out[0] * float(out[1][1])),
+        (lambda x: (x, np.float64(2)), lambda out: out[0] * float(out[1])),
     ],
-    ids=["images innermost", "images last", "images mixed", "a mean of all", "a number of all", "how many there are"],
+    ids=["images innermost", "images last", "images mixed", "a mean of all", "a number of all", "how many there are",
+         "which they are", "an object", "an array", "a number of numpy's"],
 )  # fmt: skip
 def test_rows_that_do_not(make: Any, tidy: Any) -> None:
     assert plan_of(Model(make, tidy)) == TailPlan("layer", FULL)

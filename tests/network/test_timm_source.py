@@ -15,7 +15,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from elude_runtime.errors import ModelError
-from elude_runtime.network.build import build_timm, load_weights, output_size
+from elude_runtime.network.build import build_timm, load_weights
+from elude_runtime.network.conditions import output_size
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.network.timm_source import TimmModel, timm_model
 

@@ -96,6 +96,40 @@ class TestHolds:
         assert result.holds, [c for c in result.checks if not c.holds]
 
 
+class TestExplicit:
+    """What the check makes of forms and models that do not run."""
+
+    def test_an_explicit_form_that_does_not_run(self, vit: Rewritten) -> None:
+        def broken(dtype: torch.dtype) -> torch.nn.Module:
+            raise AttributeError("there is\nno such thing")
+
+        found = check_explicit(vit.base, broken, vit.images)
+        assert found.holds is False
+        assert found.detail == "The explicit form does not run in float64 (there is no such thing)."
+
+    @pytest.mark.parametrize(("refused", "holds"), [(torch.float64, None), (torch.bfloat16, True)])
+    def test_a_base_model_that_does_not_run_in_every_type(
+        self, vit: Rewritten, refused: torch.dtype, holds: bool | None
+    ) -> None:
+        class Picky(torch.nn.Module):
+            def __init__(self, inner: torch.nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x: Tensor) -> Tensor:
+                if x.dtype == refused:
+                    raise RuntimeError("expected another type")
+                return self.inner(x)
+
+        layers = {n: (state.partition, state.layout) for n, state in vit.model.states.items()}
+        found = check_explicit(Picky(vit.base), lambda dtype: explicit_model(vit.base, layers, dtype), vit.images)
+        assert found.holds is holds
+        if holds is None:
+            assert found.detail == "Not checked: the base model does not run in float64 (expected another type)."
+        else:
+            assert set(found.figures) == {"float64", "float32"} and "bfloat16" not in found.detail
+
+
 class TestPlantedFaults:
     """Digests are made to fit, so that each fault has to be found for what it is."""
 
