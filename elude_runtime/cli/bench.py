@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +19,7 @@ bench = typer.Typer(
 @bench.command("rewrite")
 def rewrite(
     model: options.Model = None,
-    images: Annotated[Path, typer.Option(help="Folder or list of images.")] = ...,  # type: ignore[assignment]
+    images: Annotated[str, typer.Option(help=options.IMAGES)] = ...,  # type: ignore[assignment]
     pretrained: options.Pretrained = False,
     weights: options.Weights = None,
     head: options.Head = None,

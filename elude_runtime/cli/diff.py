@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from elude_runtime.cli.progress import console as errors
@@ -16,6 +17,7 @@ from elude_runtime.cli.progress import stages
 if TYPE_CHECKING:
     from elude_runtime.offline.correspondence import Correspondence, Diff, Regrouping
 
+_WIDTH = 10_000  # tables are as wide as what they hold: in a narrow terminal a long label wraps, and no figure is cut
 _MARKS = {
     "matched": "",
     "weak": "[yellow]weak[/]",
@@ -71,21 +73,24 @@ def diff(
         print(json.dumps(result.document(), indent=2, allow_nan=False))
     else:
         _print(result, None if show_all else top)
-    for file, what in ((out, f"{len(result.mapping)} rows"), (labels, f"{len(carried)} labels carried")):
-        if file is not None:
-            errors.print(f"{file}: {what}", highlight=False, soft_wrap=True)
+    if out is not None:
+        errors.print(f"{out}: {len(result.mapping)} rows", highlight=False, soft_wrap=True)
+    if labels is not None:
+        left = sum(bool(r.label) for r in result.mapping) - len(carried)
+        why = f", {left} left behind: no match, not each other's best, or no better than by chance" if left else ""
+        errors.print(f"{labels}: {len(carried)} labels carried{why}", highlight=False, soft_wrap=True)
 
 
 def _print(result: Diff, top: int | None) -> None:
-    screen = Console(highlight=False, soft_wrap=True)
+    screen = Console(highlight=False, soft_wrap=True, width=_WIDTH)
     for side in ("old", "new"):
         facts = getattr(result, side)
         method = ", ".join(
             f"{k} {facts['method'][k]}" for k in ("subunits", "concepts", "seed") if k in facts["method"]
         )
         screen.print(
-            f"[bold]{side}[/]  {facts['checkpoint']}  {facts['model']}, base {facts['base_sha256'][:12]}, {method}, "
-            f"{facts['calibration_images']} calibration images"
+            f"[bold]{side}[/]  {escape(facts['checkpoint'])}  {facts['model']}, base {facts['base_sha256'][:12]}, "
+            f"{method}, {facts['calibration_images']} calibration images"
         )
     same = "the same base model" if result.same_base else "[yellow]different base models[/]"
     screen.print(f"{result.images} images, {same}")
@@ -105,35 +110,21 @@ def _print(result: Diff, top: int | None) -> None:
 
 
 def _print_agreement(screen: Console, result: Diff) -> None:
-    table = Table(box=None, header_style="bold")
-    for heading in ("layer", "tokens", "features"):
-        table.add_column(heading, no_wrap=True)
-    limit = f"{result.threshold:g}".removeprefix("0")
-    reached = f"r ≥ {limit}"
-    for heading in (
-        "old",
-        "new",
-        "mean r",
-        "median",
-        "by share",
-        reached,
-        "their share",
-        "mutual",
-        "random r",
-        reached,
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for a in result.agreement:
-        table.add_row(
-            a.layer, f"{a.token_type} {a.tokens}", f"{a.kind}s", str(a.old), str(a.new), _number(a.mean),
-            _number(a.median), _number(a.weighted_mean), _percent(a.matched_fraction), _percent(a.matched_share),
-            _percent(a.mutual / a.old if a.old else None), _number(a.random_mean), _percent(a.random_matched_fraction),
-        )  # fmt: skip
-    screen.print()
-    screen.print(table)
+    reached = f"r ≥ {result.threshold:g}".replace("0.", ".")
+    for layer in dict.fromkeys(a.layer for a in result.agreement):
+        screen.print(f"\n[bold]{layer}[/]")
+        table = _table("tokens", "features", "old>", "new>", "mean r>", f"{reached}>", "share>", "mutual>", "random r>")
+        for a in (a for a in result.agreement if a.layer == layer):
+            table.add_row(
+                f"{a.token_type} {a.tokens}", f"{a.kind}s", str(a.old), str(a.new), _number(a.mean),
+                _percent(a.matched_fraction), _percent(a.matched_share), _percent(a.mutual / a.old if a.old else None),
+                _number(a.random_mean),
+            )  # fmt: skip
+        screen.print(table)
     screen.print(
-        "[dim]mutual: of the matched, those that are each other's best; random: the same against random members of the "
-        "same sizes[/]"
+        f"[dim]{reached}: of the old features those matched; share: of the output's variance, theirs\n"
+        "mutual: of the old features those matched in which each is the other's best\n"
+        "random r: mean r against random members of the same sizes[/]"
     )
 
 
@@ -142,19 +133,27 @@ def _print_rows(screen: Console, rows: list[Correspondence], top: int | None, ti
     shown = rows[:top]
     more = f" (the {len(shown)} with the largest share, of {len(rows)}; --all shows every one)"
     screen.print(f"\n[bold]{title}[/]{more if len(shown) < len(rows) else ''}")
-    table = Table(box=None, header_style="bold")
-    for heading, side in (
-        ("old", "left"), ("new", "left"), ("r", "right"), ("runner-up", "left"), ("r", "right"), ("rival", "left"),
-        ("r", "right"), ("old share", "right"), ("new share", "right"), ("", "left"), ("label", "left"),
-    ):  # fmt: skip
-        table.add_column(heading, justify="right" if side == "right" else "left", no_wrap=True)
+    table = _table(
+        "old", "new", "r>", "runner-up", "r>", "rival", "r>", "old\nshare>", "new\nshare>", "", "label",
+    )  # fmt: skip
     for r in shown:
         table.add_row(
             _short(r.old), _short(r.new), _number(r.correlation), _short(r.runner_up), _number(r.runner_up_correlation),
             _short(r.rival), _number(r.rival_correlation), _percent(r.old_share), _percent(r.new_share),
-            _MARKS[r.status], r.label or "-",
+            _MARKS[r.status], escape(r.label) or "-",
         )  # fmt: skip
     screen.print(table)
+
+
+def _table(*headings: str) -> Table:
+    """A table without lines; a heading that ends in > stands over numbers."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in headings:
+        table.add_column(
+            heading.removesuffix(">"), justify="right" if heading.endswith(">") else "left", no_wrap=True,
+            vertical="bottom",
+        )  # fmt: skip
+    return table
 
 
 def _print_regroupings(screen: Console, found: list[Regrouping], title: str, top: int | None) -> None:

@@ -7,11 +7,14 @@ neighbours is reported as a median with a bootstrap interval.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from elude_runtime.analysis.model import EludeModel
 from elude_runtime.errors import EludeError
 from elude_runtime.network.conditions import borrowed
 from elude_runtime.network.preprocessing import DataConfig
+from elude_runtime.offline.image_files import FileList, ShardList, find_images
 from elude_runtime.offline.images import ImageSource, Progress
 from elude_runtime.offline.rewrite import BaseModel, rewrite_checkpoint
 from elude_runtime.partition import SplitConfig
@@ -55,7 +59,7 @@ class Ratio:
 class Workload:
     """What is rewritten, and how: the arguments of `rewrite_checkpoint`."""
 
-    images: Path
+    images: str | Path
     data: DataConfig
     layers: list[str] | None
     split: SplitConfig
@@ -99,7 +103,7 @@ def inference_ratio(base: BaseModel, work: Workload, pairs: int, batch_size: int
     """A prediction by the loaded model over one by the base model, from copies with weights of their own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "ckpt"
-        few = Workload(work.images, work.data, work.layers, SplitConfig(2, 2), work.batch_size, 0, 8)
+        few = replace(work, split=SplitConfig(2, 2), workers=0, limit=8)
         few.rewrite(base, out)
         loaded = _load_beside(base, out)
         images = next(few.source().batches())
@@ -126,7 +130,7 @@ def peak_memory(build: Callable[[], BaseModel], work: Workload, counts: list[int
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
             listed = _list_of(work, count, Path(folder) / f"{count}.txt")
-            plain = _peak_of(_plain_child, (build, _first(listed, min(count, 4 * work.batch_size))))
+            plain = _peak_of(_plain_child, (build, replace(listed, limit=min(count, 4 * work.batch_size))))
             rows.append({"images": count, "plain_mib": plain, "rewrite_mib": _peak_of(_rewrite_child, (build, listed))})
     return {"weights_mib": round(weights / 2**20), "runs": rows}
 
@@ -166,17 +170,15 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def _list_of(work: Workload, count: int, file: Path) -> Workload:
-    """The same work on a list of `count` of its images, repeated where there are fewer."""
-    source = ImageSource(work.images, work.data)
-    names = [str(Path(source.name(place)).absolute()) for place in range(source.count or 0)]
-    if not names:
-        raise EludeError("Memory is measured on image files; give a folder or a list of files.")
-    file.write_text("".join(f"{names[i % len(names)]}\n" for i in range(count)), encoding="utf-8")
-    return Workload(file, work.data, work.layers, work.split, work.batch_size, work.workers)
-
-
-def _first(work: Workload, count: int) -> Workload:
-    return Workload(work.images, work.data, work.layers, work.split, work.batch_size, work.workers, count)
+    """The same work on a list of `count` of its images (or of their shards), repeated where there are fewer."""
+    files = find_images(work.images)
+    if isinstance(files, ShardList):
+        paths, lines = [os.fsencode(s) for s in files.shards], len(files.shards) * -(-count // len(files))
+    else:
+        assert isinstance(files, FileList)
+        paths, lines = [files.path(place) for place in range(len(files))], count
+    file.write_bytes(b"".join(os.path.abspath(path) + b"\n" for path in islice(cycle(paths), lines)))
+    return replace(work, images=file, limit=count)
 
 
 def _plain_child(build: Callable[[], BaseModel], work: Workload) -> None:
@@ -184,7 +186,7 @@ def _plain_child(build: Callable[[], BaseModel], work: Workload) -> None:
 
 
 def _rewrite_child(build: Callable[[], BaseModel], work: Workload) -> None:
-    with tempfile.TemporaryDirectory(dir=work.images.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=Path(work.images).parent) as folder:
         work.rewrite(build(), Path(folder) / "ckpt")
 
 
@@ -195,16 +197,22 @@ def _peak_of(target: Callable[..., None], args: tuple) -> int:
     assert process.pid is not None
     watched, peak = psutil.Process(process.pid), 0
     while process.is_alive():
-        try:
-            children = sum(c.memory_info().rss for c in watched.children(recursive=True))
-            peak = max(peak, watched.memory_info().rss + children, _high_water(process.pid) + children)
-        except psutil.NoSuchProcess:
-            break
+        with suppress(psutil.NoSuchProcess):
+            children = sum(map(_resident, watched.children(recursive=True)))
+            peak = max(peak, _resident(watched) + children, _high_water(process.pid) + children)
         process.join(_POLL_SECONDS)
     process.join()
     if process.exitcode:
         raise EludeError("The process whose memory was measured failed; its error stands above.")
     return round(peak / 2**20)
+
+
+def _resident(process: psutil.Process) -> int:
+    """Bytes; 0 for a process that ended since it was listed."""
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _high_water(pid: int) -> int:

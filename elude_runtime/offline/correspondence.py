@@ -23,6 +23,7 @@ from elude_runtime.offline.feature_table import TABLE, read_table
 
 LABELS = "labels.csv"
 MATCHED, WEAK, ONLY_OLD, ONLY_NEW, DEAD = "matched", "weak", "only_old", "only_new", "dead"
+RANDOM_HIGH = 0.95  # quantile of the pairs with random members that a pair has to reach for its name to be carried
 PART_GAIN = 0.2  # of a concept's variance, that each part of a split or merge explains beyond the others
 
 
@@ -32,8 +33,9 @@ class Correspondence:
 
     status: "matched" (correlation at least the threshold), "weak" (a partner below it), "only_old" and "only_new" (no
     positively correlated partner was left), "dead" (does not vary on these images). runner_up: the new feature most
-    like `old` apart from `new`; rival: the old feature most like `new` apart from `old`. Shares are of the layer
-    output's variance, from each checkpoint's own calibration; label is the old feature's.
+    like `old` apart from `new`; rival: the old feature most like `new` apart from `old`; mutual: each of the pair is
+    the other's most correlated (None without a pair). Shares are of the layer output's variance, from each checkpoint's
+    own calibration; label is the old feature's.
     """
 
     layer: str
@@ -47,6 +49,7 @@ class Correspondence:
     runner_up_correlation: float | None
     rival: str | None
     rival_correlation: float | None
+    mutual: bool | None
     old_share: float | None
     new_share: float | None
     label: str
@@ -62,7 +65,8 @@ class Agreement:
     features, by their share of variance. matched: pairs at the threshold or above; matched_fraction: of all old
     features; matched_share: the old features' share of the output's variance; mutual: those of them in which each is
     the other's most correlated (elsewhere a name could as well go to a sibling). random_*: the same against a version
-    of `new` with the same sizes and random members. None where nothing lives.
+    of `new` with the same sizes and random members; random_high: the correlation that one in twenty pairs of those
+    reaches. None where nothing lives.
     """
 
     layer: str
@@ -82,6 +86,7 @@ class Agreement:
     matched_share: float
     mutual: int
     random_mean: float | None
+    random_high: float | None
     random_matched_fraction: float | None
 
 
@@ -124,8 +129,15 @@ class Diff:
         return asdict(self)
 
     def carried_labels(self) -> dict[str, str]:
-        """{new feature: label of the old one} for every matched pair whose old feature has a label."""
-        return {r.new: r.label for r in self.mapping if r.status == MATCHED and r.label and r.new}
+        """{new feature: label of the old one} where a name is safe: in matched pairs, each the other's best, at a
+        correlation that one in twenty pairs with random members reaches at most."""
+        chance = {(a.layer, a.token_type, a.kind): a.random_high for a in self.agreement}
+        return {
+            r.new: r.label
+            for r in self.mapping
+            if r.label and r.new and r.status == MATCHED and r.mutual
+            and (r.correlation or 0.0) >= (chance[r.layer, r.token_type, r.kind] or 0.0)
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -233,14 +245,17 @@ class Matcher:
             j = int(partner[i])
             r = float(values[i, j]) if j >= 0 else 0.0
             status = DEAD if not live_old[i] else ONLY_OLD if j < 0 else MATCHED if r >= self.threshold else WEAK
-            self._row(kind, status, neuron, i, j, values, int(second[i]), int(rival[j]) if j >= 0 else -1, shares)
+            mutual = bool(r >= max(values[i].max(), values[:, j].max())) if j >= 0 else None
+            self._row(
+                kind, status, neuron, i, j, values, int(second[i]), int(rival[j]) if j >= 0 else -1, shares, mutual
+            )
             share = shares[0][i] or 0.0
             if live_old[i]:
                 tally.weighted += max(share, 0.0) * r
                 tally.weight += max(share, 0.0)
             if status == MATCHED:
                 tally.matched_share += share
-                tally.mutual += int(r >= max(values[i].max(), values[:, j].max()))
+                tally.mutual += bool(mutual)
         for j in np.nonzero(back < 0)[0].tolist():
             status = ONLY_NEW if live_new[j] else DEAD
             self._row(kind, status, neuron, -1, j, values, -1, int(rival[j]), shares)
@@ -263,6 +278,7 @@ class Matcher:
         second: int,
         rival: int,
         shares: list[list[float | None]],
+        mutual: bool | None = None,
     ) -> None:
         """A row of the mapping; -1 stands for a feature that is not there."""
 
@@ -275,7 +291,7 @@ class Matcher:
         self.rows.append(
             Correspondence(
                 self.layer, TYPE_NAMES[self.token_type], kind, status, name(old), name(new), value(old, new),
-                name(second), value(old, second), name(rival), value(rival, new),
+                name(second), value(old, second), name(rival), value(rival, new), mutual,
                 shares[0][old] if old >= 0 else None, shares[1][new] if new >= 0 else None,
                 self.catalogues[0].labels.get(name(old) or "", ""),
             )
@@ -302,6 +318,7 @@ class Matcher:
             matched_share=tally.matched_share,
             mutual=tally.mutual,
             random_mean=float(np.mean(tally.random)) if tally.random else None,
+            random_high=float(np.quantile(tally.random, RANDOM_HIGH)) if tally.random else None,
             random_matched_fraction=by_chance / tally.old if tally.old else None,
         )  # fmt: skip
 
@@ -327,8 +344,8 @@ def write_mapping(path: Path, result: Diff) -> None:
     elif path.suffix == ".csv":
         write_file(path, _csv(names, ([getattr(r, n) for n in names] for r in result.mapping)))
     else:
-        numbers = {f.name for f in fields(Correspondence) if "float" in str(f.type)}
-        schema = pa.schema([(n, pa.float64() if n in numbers else pa.string()) for n in names])
+        types = {"float": pa.float64(), "bool": pa.bool_(), "str": pa.string()}
+        schema = pa.schema([(f.name, types[str(f.type).partition(" ")[0]]) for f in fields(Correspondence)])
         columns = {n: [getattr(r, n) for r in result.mapping] for n in names}
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")

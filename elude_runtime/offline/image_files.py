@@ -17,7 +17,7 @@ from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from elude_runtime.errors import ImagesError
-from elude_runtime.offline.tar_index import DAMAGE, tar_images
+from elude_runtime.offline.tar_index import DAMAGE, ELSEWHERE, tar_images
 
 Progress = Callable[[str, int, int | None], None]  # (stage, newly done, total if known)
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
@@ -174,6 +174,10 @@ class ShardList:
         offset, size = int(self.offsets[place]), int(self.sizes[place])
         if size == DAMAGE:
             raise ImagesError(f"The shard is damaged or cut off at byte {offset}; what comes after is left out.")
+        if size == ELSEWHERE:
+            raise ImagesError(
+                "The shard holds only a link or a sparse file here; pack it with --dereference, without --sparse."
+            )
         with open(self.shards[self.shard[place]], "rb", buffering=0) as file:
             file.seek(offset)
             data = file.read(size)
@@ -219,10 +223,23 @@ def readable(path: bytes) -> str:
 
 
 def _in_folder(folder: Path, progress: Progress) -> ImageFiles:
-    files = FileList(os.fsencode(folder), Names(_walk(folder, SUFFIXES)))
+    shards: list[bytes] = []
+
+    def pictures() -> Iterator[bytes]:
+        for path in _walk(folder, SUFFIXES | SHARD_SUFFIXES):
+            if _is_shard(os.fsdecode(path)):
+                shards.append(path)
+            else:
+                yield path
+
+    files = FileList(os.fsencode(folder), Names(pictures()))
     if any(not files.names[i].endswith(b"/") for i in range(len(files))):
+        if shards:
+            raise ImagesError(
+                f"{folder} holds tar shards and image files; give one kind: a folder of it alone, a list (.txt), or "
+                "shards as train-{0000..1023}.tar."
+            )
         return files
-    shards = [p for p in _walk(folder, SHARD_SUFFIXES) if not p.endswith(b"/")]
     if not shards:
         raise ImagesError(
             f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}) and no tar shards; give a folder of typical "

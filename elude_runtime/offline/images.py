@@ -70,13 +70,14 @@ class ImageSource:
 
     images: a folder of images or of tar shards, a text file of paths (.txt, .lst), a tar shard, a brace pattern
     (`train-{0000..1023}.tar`), a list of image files or of shards; or a tensor [N, 3, H, W], or an iterable of such
-    batches that can be iterated twice. workers: processes that decode files. limit: use that many, of files spread
-    evenly over them, of tensors the first. ImagesError for a source that is not there or is empty.
+    batches (or of tuples that begin with one) that can be iterated twice, resized and normalised for the model.
+    workers: processes that decode files. limit: use that many, of files spread evenly over them, of tensors the first.
+    ImagesError for a source that is not there, is empty or is none of these.
     """
 
     def __init__(
         self,
-        images: str | Path | list[str] | list[Path] | Tensor | Iterable[Tensor],
+        images: str | Path | Sequence[str | Path] | Tensor | Iterable[Tensor],
         config: DataConfig,
         *,
         batch_size: int = 25,
@@ -92,16 +93,20 @@ class ImageSource:
         self._tensors: Tensor | Iterable[Any] = ()
         self._chosen: Tensor | None = None  # of what `at` gives: the places in this source's files or tensor
         if isinstance(images, str | Path) or (
-            isinstance(images, list) and images and all(isinstance(i, str | Path) for i in images)
+            isinstance(images, list | tuple) and images and all(isinstance(i, str | Path) for i in images)
         ):
-            files = find_images(images, progress)  # type: ignore[arg-type]
+            files = find_images(list(images) if isinstance(images, tuple) else images, progress)
             self._files = files if limit is None or limit >= len(files) else files.take(spread(len(files), limit))
         elif isinstance(images, Tensor):
             self._check(images)
             self._tensors = images[:limit]
-        elif iter(images) is images:
-            raise ImagesError("The images are read twice: give a list of batches or a DataLoader, not a generator.")
         else:
+            try:
+                once = iter(images) is images
+            except TypeError:
+                raise _of_no_kind(images) from None
+            if once:
+                raise ImagesError("The images are read twice: give a list of batches or a DataLoader, not a generator.")
             self._tensors = images
 
     @property
@@ -223,11 +228,26 @@ class ImageSource:
         if batch.dim() != 4 or tuple(batch.shape[1:]) != tuple(self.config.input_size):
             expected = ", ".join(map(str, self.config.input_size))
             raise ImagesError(f"A batch of images has the shape [N, {expected}], not {list(batch.shape)}.")
+        if not batch.is_floating_point():
+            raise ImagesError(
+                f"A batch of images holds floating-point numbers, normalised for the model, not {batch.dtype}; give it "
+                "so, or give the files."
+            )
 
 
 def _tensor_of(item: Any) -> Tensor:
-    """The images of what a DataLoader gives: a tensor, or images with labels."""
-    return item[0] if isinstance(item, list | tuple) else item
+    """The images of what a DataLoader gives: a tensor, or images with labels. ImagesError for anything else."""
+    images = item[0] if isinstance(item, list | tuple) and item else item
+    if not isinstance(images, Tensor):
+        raise _of_no_kind(images)
+    return images
+
+
+def _of_no_kind(images: Any) -> ImagesError:
+    return ImagesError(
+        "Images are a folder, a list of files, tar shards, a tensor [N, 3, H, W] or an iterable of such tensors, not "
+        f"{type(images).__name__}."
+    )
 
 
 def _given(number: int, places: Tensor, images: Tensor) -> Batch:

@@ -10,14 +10,16 @@ import os
 import stat
 from collections.abc import Iterator
 from itertools import groupby
+from posixpath import dirname, join, normpath
 from typing import BinaryIO
 
 from elude_runtime.errors import ImagesError
 
 DAMAGE = -1  # stands for the size where a shard cannot be followed any further
+ELSEWHERE = -2  # and for that of a file whose bytes are not in the shard in one piece
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
-_PADDING = 1 << 20  # tar fills its last record with zeros; megabytes behind the end mark are something else
+_PADDING = 1 << 20  # tar fills its last record with zeros; megabytes of them behind the end mark are something else
 _LONGEST = 1 << 20  # bytes of an extension header; a longer one is damage
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b'\x04"M': "lz4"}
 
@@ -27,10 +29,12 @@ Entry = tuple[bytes, int, int]  # member name, first byte, size
 def tar_images(shard: str, suffixes: frozenset[str]) -> Iterator[Entry]:
     """The images of an uncompressed tar file in its order, one a sample as WebDataset groups them: neighbours whose
     names agree up to the first dot. `a.jpg` stands for its sample, and `a.mask.png` beside it is left out; where only
-    names like the latter are (`frame.0001.png`, `frame.0002.png`), each is an image.
+    names like the latter are (`frame.0001.png`, `frame.0002.png`), each is an image. A link to a member before it gives
+    that member's place.
 
-    A shard that is cut off or damaged ends with an entry of size DAMAGE, at the byte where that shows; its name is the
-    member that is cut, or empty. ImagesError for what is no tar file from the start.
+    A shard that is cut off or damaged, or goes on behind its end mark, ends with an entry of size DAMAGE, at the byte
+    where that shows; its name is the member that is cut, or empty. A link to anything else has the size ELSEWHERE, and
+    so has a sparse file. ImagesError for what is no tar file from the start.
     """
     wanted = {s.encode() for s in suffixes}
     for _, sample in groupby(_members(shard), key=lambda member: member[0]):
@@ -70,24 +74,28 @@ def _what_else(start: bytes) -> str:
 
 
 def _files(file: BinaryIO, end: int) -> Iterator[Entry]:
-    """The regular files of a tar of `end` bytes (v7, ustar, GNU or pax), in order; see _members for the last."""
+    """The regular files of a tar of `end` bytes (v7, ustar, GNU or pax) and its links, in order; see _members for the
+    last."""
     offset = 0
     extended: dict[bytes, bytes] = {}  # what an extension header says of the next member
+    linkable: dict[bytes, tuple[int, int]] | None = None  # the files before, once there is a link
     while offset < end or not end:  # a shard that ends without its end mark is taken as complete, as by other readers
         file.seek(offset)
         block = file.read(_BLOCK)
         if block == _ZEROS:
-            if end - offset > _PADDING:
+            # concatenated archives, too, would end here for other readers
+            if end - offset > _PADDING or file.read(_PADDING).strip(b"\0"):
                 yield b"", offset, DAMAGE
             return
         try:
             kind, name, size = _header(block)
             data = offset + _BLOCK
-            if kind in b"Lx":
+            if kind in b"KLx":
                 if size > min(_LONGEST, end - data):
                     raise ValueError("longer than the file")
                 text = file.read(size)
-                extended |= _pax(text) if kind == b"x" else {b"path": text.partition(b"\0")[0]}
+                named = b"path" if kind == b"L" else b"linkpath"
+                extended |= _pax(text) if kind == b"x" else {named: text.partition(b"\0")[0]}
                 offset = data + _blocks(size)
                 continue
             name, size = extended.get(b"path", name), int(extended.get(b"size", size))
@@ -96,8 +104,9 @@ def _files(file: BinaryIO, end: int) -> Iterator[Entry]:
         except ValueError:
             yield b"", offset, DAMAGE
             return
+        link = extended.get(b"linkpath", block[157:257].partition(b"\0")[0])
         extended = {}
-        if kind == b"S":  # a sparse file by GNU tar, with more blocks of header; no image is stored that way
+        if kind == b"S":  # a sparse file by GNU tar, with more blocks of header
             more = block[482]
             while more and data + _BLOCK <= end:
                 file.seek(data)
@@ -108,8 +117,17 @@ def _files(file: BinaryIO, end: int) -> Iterator[Entry]:
         if has_data and data + size > end:
             yield name, data, DAMAGE
             return
-        if regular:
+        if kind in b"12":
+            if linkable is None:
+                linkable = {normpath(n): (first, length) for n, first, length in _files(file, offset)} if offset else {}
+            target = link if kind == b"1" else join(dirname(name), link)
+            yield name, *linkable.get(normpath(target), (data, ELSEWHERE))
+        elif kind == b"S":
+            yield name, data, ELSEWHERE
+        elif regular:
             yield name, data, size
+            if linkable is not None:
+                linkable[normpath(name)] = data, size
         offset = data + _blocks(size) if has_data else data
 
 

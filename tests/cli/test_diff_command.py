@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import Rewritten
-from support import FIRST, SECOND, VIT_ARGS, VIT_DATA, Run, refused, tiny_vit
+from support import FIRST, SECOND, VIT_ARGS, VIT_DATA, Run, input_tensor, refused, tiny_vit
 
 import elude_runtime as elude
+from elude_runtime.cli.diff import _print
+from elude_runtime.offline.diff import diff
 
 
 @pytest.fixture
@@ -55,13 +58,36 @@ def test_the_screen(run: Run, vit: Rewritten, other: Path, pictures: Path) -> No
         )
     for token_type, letter in (("patches", "P"), ("cls", "C")):
         start = next(i for i, x in enumerate(lines) if x.startswith(f"{SECOND}, {token_type} (the 3 with"))
-        shown = [x.split() for x in lines[start + 2 : start + 5]]
+        shown = [x.split() for x in lines[start + 3 : start + 6]]
         rows = [r for r in document["mapping"] if r["kind"] == "concept" and r["token_type"] == token_type and r["old"]]
         rows.sort(key=lambda r: -r["old_share"])
         for cells, row in zip(shown, rows, strict=False):
             assert cells[0] == row["old"].rpartition("/")[2] and cells[0][0] == letter
             assert row["new"] is None or cells[1:3] == [row["new"].rpartition("/")[2], f"{row['correlation']:.2f}"]
-        assert not lines[start + 5].strip()
+        assert not lines[start + 6].strip()
+
+
+def test_eighty_columns_are_enough_and_nothing_is_cut(
+    vit: Rewritten, other: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The width of a pipe or a log: only long labels go beyond it."""
+    result = diff(vit.path, other, input_tensor(VIT_DATA, 30, 300), threshold=0.25)
+    label = "a name [of a kind] " + "that is long " * 9 + "indeed"
+    labelled = [replace(r, label=label if r.old == f"{SECOND}/P1" else "") for r in result.mapping]
+    monkeypatch.setenv("COLUMNS", "80")
+    for found, wide in ((result, 80), (replace(result, mapping=labelled), 80 + len(label))):
+        _print(found, None)
+        lines = capsys.readouterr().out.splitlines()
+        tables = [x for x in lines if x.startswith(("tokens", "old  new", "patches", "cls", "P", "C", "-"))]
+        assert len(tables) > 20 and max(map(len, tables)) <= wide and "…" not in "".join(tables)
+        for heading in ("mean r", "r ≥ .25", "share", "mutual", "random r", "runner-up", "rival", "label"):
+            assert any(heading in x for x in tables), heading
+    assert [x.split()[0] for x in tables if label in x] == ["P1"]
+    (line,) = [x for x in tables if x.startswith("patches") and "concepts" in x]
+    (a,) = [a for a in result.agreement if (a.token_type, a.kind) == ("patches", "concept")]
+    parts = [f"{v:.0%}" if v >= 0.1 else f"{v:.1%}" for v in (a.matched / a.old, a.matched_share, a.mutual / a.old)]
+    expected = ["patches", a.tokens, "concepts", a.old, a.new, f"{a.mean:.2f}", *parts, f"{a.random_mean:.2f}"]
+    assert line.split() == list(map(str, expected))
 
 
 def test_all_shows_every_concept(run: Run, vit: Rewritten, other: Path, pictures: Path) -> None:
@@ -101,7 +127,7 @@ def test_concepts_only_and_threshold(run: Run, vit: Rewritten, other: Path, pict
 def test_files(run: Run, labelled: Path, vit: Rewritten, pictures: Path, tmp_path: Path) -> None:
     mapping, labels = tmp_path / "mapping.parquet", tmp_path / "carried.csv"
     ran = run(labelled, vit.path, "--images", pictures, "--out", mapping, "--labels", labels, "--concepts-only")
-    assert ran.code == 0 and "6 labels carried" in ran.err and f"{mapping}: 24 rows" in ran.err
+    assert ran.code == 0 and ran.err.strip().endswith("6 labels carried") and f"{mapping}: 24 rows" in ran.err
     assert "label 3" in ran.out
     rows = pq.read_table(mapping).to_pylist()
     assert {r["old"]: r["label"] for r in rows if r["label"]} == {f"{SECOND}/P{i}": f"label {i}" for i in range(6)}
@@ -109,6 +135,13 @@ def test_files(run: Run, labelled: Path, vit: Rewritten, pictures: Path, tmp_pat
     with labels.open(newline="") as file:
         carried = list(csv.DictReader(file))
     assert carried == [{"feature": f"{SECOND}/P{i}", "label": f"label {i}"} for i in range(6)]
+
+
+def test_labels_that_stay_behind(run: Run, labelled: Path, other: Path, pictures: Path, tmp_path: Path) -> None:
+    common = (labelled, other, "--images", pictures, "--concepts-only", "--labels", tmp_path / "carried.csv")
+    ran = run(*common, "--threshold", 1)
+    assert "0 labels carried, 6 left behind" in ran.err
+    assert (tmp_path / "carried.csv").read_text() == "feature,label\n"
 
 
 def test_bad_input(run: Run, vit: Rewritten, mobilenet: Rewritten, pictures: Path, tmp_path: Path) -> None:

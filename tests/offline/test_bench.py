@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from support import SECOND, VIT_ARGS, VIT_DATA, tiny_vit
+from support import SECOND, VIT_ARGS, VIT_DATA, tiny_vit, write_tar
 
 from elude_runtime.checkpoint.manifest import ModelSource
 from elude_runtime.errors import EludeError
@@ -57,6 +61,25 @@ def test_the_time_of_a_rewrite_is_told_by_stage(work: Workload) -> None:
     assert sum(stages.values()) <= found["rewrite_seconds"] * 1.5 + 0.5
 
 
+def test_a_rewrite_is_compared_with_the_passes_on_both_sides_of_it(
+    work: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that becomes slower moves both sides: neither the pass before nor the one after decides alone."""
+    seconds = iter([1.0, 6.0, 3.0, 20.0, 5.0])
+    monkeypatch.setattr(bench, "_timed", lambda run: next(seconds))
+    ratio = rewrite_time(tiny_base(), work, rounds=2)["ratio"]
+    assert (ratio["low"], ratio["median"], ratio["high"]) == (3.0, 4.0, 5.0)  # 6 / mean(1, 3) and 20 / mean(3, 5)
+
+
+def test_neither_of_a_pair_always_goes_first(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the second of a pair takes twice the time of the first, the loaded model is twice as slow and twice as fast
+    equally often."""
+    seconds = iter([1.0, *[1.0, 2.0] * 4])  # the first is the calibration of the number of calls
+    monkeypatch.setattr(bench, "_timed", lambda run: next(seconds))
+    ratio = inference_ratio(tiny_base(), work, pairs=4)["ratio"]
+    assert (ratio["low"], ratio["median"], ratio["high"]) == (0.5, 1.25, 2.0)
+
+
 def test_stages_hold_their_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 3.0, 7.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
@@ -98,6 +121,15 @@ class TestPeakMemory:
         )  # importing torch takes some too
         assert 290 < large - small < 320
 
+    def test_a_child_that_ends_while_it_is_looked_at_ends_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Decoding processes come and go: what the process takes afterwards still counts."""
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ghost = psutil.Process(ended.pid)
+        ended.wait()
+        listed = psutil.Process.children
+        monkeypatch.setattr(psutil.Process, "children", lambda *args, **options: [*listed(*args, **options), ghost])
+        assert bench._peak_of(allocate, (900,)) > 900
+
     def test_a_process_that_fails_is_no_figure(self) -> None:
         with pytest.raises(EludeError, match="failed"):
             bench._peak_of(fail, ())
@@ -105,4 +137,27 @@ class TestPeakMemory:
     def test_of_a_rewrite(self, work: Workload) -> None:
         found = peak_memory(partial(tiny_base, 2), work, [30])
         (run,) = found["runs"]
+        assert run["images"] == 30 and run["plain_mib"] > 50 and run["rewrite_mib"] > 50
+
+    @pytest.mark.parametrize("given", ["folder", "shards", "shard", "folder of shards", "list"])
+    @pytest.mark.parametrize("count", [1, 5, 24, 30])
+    def test_as_many_images_as_asked_from_any_source(
+        self, work: Workload, pictures: Path, tmp_path: Path, given: str, count: int
+    ) -> None:
+        members = [(p.name, p.read_bytes()) for p in sorted(pictures.iterdir())]
+        for number in range(2):
+            write_tar(tmp_path / f"{number}.tar", members[number::2])
+        (tmp_path / "list.txt").write_text("\n".join(str(p) for p in sorted(pictures.iterdir())))
+        images: dict[str, str | Path] = {
+            "folder": pictures, "shards": f"{tmp_path}/{{0..1}}.tar", "shard": tmp_path / "1.tar",
+            "folder of shards": tmp_path, "list": tmp_path / "list.txt",
+        }  # fmt: skip
+        source = bench._list_of(replace(work, images=images[given]), count, tmp_path / "asked.txt").source()
+        assert source.count == count == sum(map(len, source.batches())) and not source.report.skipped
+        there = 12 if given == "shard" else 24
+        assert len(set(source.report.hashes)) >= min(count, there) // 2
+
+    def test_of_a_rewrite_of_shards(self, work: Workload, pictures: Path, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar", [(p.name, p.read_bytes()) for p in sorted(pictures.iterdir())])
+        (run,) = peak_memory(partial(tiny_base, 2), replace(work, images=str(tmp_path / "a.tar")), [30])["runs"]
         assert run["images"] == 30 and run["plain_mib"] > 50 and run["rewrite_mib"] > 50

@@ -21,6 +21,7 @@ import elude_runtime as elude
 from elude_runtime.analysis.features import parse_feature
 from elude_runtime.errors import CheckpointError, EludeError, LayerError, SettingsError
 from elude_runtime.network.preprocessing import DataConfig
+from elude_runtime.offline import diff as module
 from elude_runtime.offline.correspondence import Agreement, Correspondence, Diff, write_labels, write_mapping
 from elude_runtime.offline.diff import diff
 from elude_runtime.offline.images import ImageSource
@@ -145,13 +146,13 @@ class TestAgainstNumpy:
             weights = {r.old: max(r.old_share or 0, 0) for r in rows if r.old and r.status != "dead"}
             weighted = sum(weights[r.old] * r.correlation for r in rows if r.correlation is not None and r.old)
             assert a.weighted_mean == pytest.approx(weighted / sum(weights.values()))
-            best = [
-                r for r in rows
-                if r.status == "matched" and r.correlation is not None
-                and r.correlation >= max(r.runner_up_correlation or 0, r.rival_correlation or 0)
-            ]  # fmt: skip
-            assert a.mutual == len(best)
+            assert a.mutual == sum(r.status == "matched" and bool(r.mutual) for r in rows)
             for r in rows:
+                if r.correlation is None:
+                    assert r.mutual is None
+                else:
+                    others = r.runner_up_correlation or 0, r.rival_correlation or 0
+                    assert r.mutual == (r.correlation >= max(others))
                 expected = "weak" if (r.correlation or 0) < 0.6 else "matched"
                 assert r.status == expected if r.correlation is not None else r.status in ("only_old", "only_new")
 
@@ -330,6 +331,25 @@ class TestBounded:
         monkeypatch.setattr("elude_runtime.offline.diff._PASS_BYTES", 1)
         assert diff(vit.path, vit.path, images).document() == together.document()
 
+    def test_as_many_layers_a_pass_as_have_room(
+        self, vit: Rewritten, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """8 bytes a pair of inputs and token type: 32 inputs of the first layer, 128 of the second."""
+        passes = []
+        stream = module._stream
+
+        def told(pair: Any, moments: Any, *args: Any, **options: Any) -> int:
+            passes.append(list(dict.fromkeys(name for name, _ in moments)))
+            return stream(pair, moments, *args, **options)
+
+        monkeypatch.setattr(module, "_stream", told)
+        room = 8 * 2 * (32**2 + 128**2)
+        for limit, subunits in ((room, True), (room - 1, True), (0, True), (0, False)):
+            monkeypatch.setattr(module, "_PASS_BYTES", limit)
+            diff(vit.path, vit.path, images[:4], subunits=subunits)
+        together, apart = [[FIRST, SECOND]], [[FIRST], [SECOND]]
+        assert passes == [*together, *apart, *apart, *together]
+
     def test_a_few_images_unfolded_at_a_time(self, mobilenet: Rewritten, monkeypatch: pytest.MonkeyPatch) -> None:
         together = diff(mobilenet.path, mobilenet.path, mobilenet.images)
         monkeypatch.setattr("elude_runtime.offline.diff._UNFOLDED_FLOATS", 1)
@@ -394,6 +414,41 @@ class TestLabels:
             assert {r["feature"]: r["label"] for r in csv.DictReader(file)} == expected
         shutil.copyfile(tmp_path / "out.csv", changed / "labels.csv")  # what is written is what is read
         assert {r.old: r.label for r in diff(changed, vit.path, images).mapping if r.label} == expected
+
+    def test_only_where_each_is_the_others_best(
+        self, vit: Rewritten, other_seed: Path, images: Tensor, tmp_path: Path
+    ) -> None:
+        """And where random members would hardly do as well."""
+        result = diff(self.every_one_named(vit.path, tmp_path / "c"), other_seed, images, threshold=0.3)
+        chance = {(a.layer, a.token_type, a.kind): a.random_high for a in result.agreement}
+        carried = result.carried_labels()
+        left = {"sibling": 0, "chance": 0}
+        for r in (r for r in result.mapping if r.status == "matched"):
+            assert r.correlation is not None and r.old is not None and r.new is not None
+            bar = chance[r.layer, r.token_type, r.kind]
+            assert bar is not None
+            assert carried.get(r.new) == (f"name of {r.old}" if r.mutual and r.correlation >= bar else None)
+            left["sibling"] += not r.mutual
+            left["chance"] += bool(r.mutual) and r.correlation < bar
+        assert len(carried) > 30 and min(left.values()) > 0
+
+    def test_an_unrelated_model_gets_few(self, vit: Rewritten, pictures: Path, images: Tensor, tmp_path: Path) -> None:
+        """Neurons of other random weights have nothing to do with those of the same number, though many correlate."""
+        base = tiny_vit()
+        with torch.no_grad():
+            for p in base.parameters():
+                p.copy_(p.flatten()[torch.randperm(p.numel(), generator=torch.Generator().manual_seed(2))].view_as(p))
+        elude.rewrite(base, pictures, out=tmp_path / "new", **OPTIONS)
+        named = self.every_one_named(vit.path, tmp_path / "old")
+        result = diff(named, tmp_path / "new", images, threshold=0.3)
+        matched = sum(r.status == "matched" for r in result.mapping)
+        assert matched > 50 and len(result.carried_labels()) < matched / 3
+
+    def every_one_named(self, checkpoint: Path, out: Path) -> Path:
+        shutil.copytree(checkpoint, out)
+        names = pq.read_table(out / "features.parquet")["feature"].to_pylist()
+        (out / "labels.csv").write_text("feature,label\n" + "".join(f"{n},name of {n}\n" for n in names))
+        return out
 
     def test_below_the_threshold_they_stay_behind(self, labelled: Path, other_seed: Path, images: Tensor) -> None:
         result = diff(labelled, other_seed, images, threshold=1.0)

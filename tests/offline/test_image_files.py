@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tarfile
 import tempfile
 import tracemalloc
 from collections.abc import Iterator
@@ -143,8 +144,28 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
     short = [n.removeprefix(f"{tmp_path}/") for n in names_of(files)]
     assert short == ["a/1.TAR/x.jpg", "a/1.TAR/y.png", "b/0.tar/x.jpg", "b/0.tar/y.png", "c.tar/x.jpg", "c.tar/y.png"]
     assert contents(files)[::2] == [b"a/1.TAR", b"b/0.tar", b"c.tar"]
-    touch(tmp_path, "d/picture.webp")  # images count where there are any
-    assert names_of(find_images(tmp_path)) == [f"{tmp_path}/d/picture.webp"]
+
+
+def test_a_folder_of_shards_and_pictures(tmp_path: Path) -> None:
+    """A preview beside the shards is not the set."""
+    write_tar(tmp_path / "b.tar", [("x.jpg", b"x")])
+    touch(tmp_path, "d/preview.webp")
+    with pytest.raises(ImagesError, match="holds tar shards and image files; give one kind"):
+        find_images(tmp_path)
+    assert contents(find_images(tmp_path / "d")) == [b"d/preview.webp"]
+
+
+def test_a_link_out_of_a_shard_is_told(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind, target in (("a.jpg", tarfile.SYMTYPE, "/data/a.jpg"), ("b.jpg", tarfile.LNKTYPE, "gone.jpg")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    files = find_images(tmp_path / "a.tar")
+    assert names_of(files) == [f"{tmp_path}/a.tar/a.jpg", f"{tmp_path}/a.tar/b.jpg"]
+    for place in range(2):
+        with pytest.raises(ImagesError, match="only a link .*--dereference"):
+            files.read(place)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".lst"])
@@ -248,7 +269,7 @@ def test_a_part(tmp_path: Path) -> None:
     write_tar(tmp_path / "b.tar", [(f"{i}.jpg", b"%d" % i) for i in range(4, 8)])
     touch(tmp_path / "set", *(f"{i}.png" for i in range(8)))
     chosen = np.array([1, 4, 6])
-    assert contents(find_images(tmp_path).take(chosen)) == [b"1.png", b"4.png", b"6.png"]
+    assert contents(find_images(tmp_path / "set").take(chosen)) == [b"1.png", b"4.png", b"6.png"]
     part = find_images(f"{tmp_path}/{{a,b}}.tar").take(chosen)
     assert contents(part) == [b"1", b"4", b"6"] and names_of(part)[1] == f"{tmp_path}/b.tar/4.jpg"
 

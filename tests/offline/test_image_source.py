@@ -241,6 +241,44 @@ def test_what_cannot_be_used() -> None:
             ImageSource(torch.zeros(1, 3, 32, 32), VIT_DATA, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("images", "named"),
+    [
+        (None, "NoneType"),
+        (3, "int"),
+        (b"folder", "int"),
+        ({"train": "folder"}, "str"),
+        (torch.zeros(1, 3, 32, 32).numpy(), "ndarray"),
+        ([torch.zeros(1, 3, 32, 32).numpy()], "ndarray"),
+        ([{"pixel_values": torch.zeros(1, 3, 32, 32)}], "dict"),
+        ([()], "tuple"),
+        (["folder", None], "str"),
+    ],
+)
+def test_what_is_no_kind_of_images(images: Any, named: str) -> None:
+    with pytest.raises(ImagesError, match=rf"a folder, a list of files.* an iterable of such tensors, not {named}\.$"):
+        list(ImageSource(images, VIT_DATA).numbered())
+    with pytest.raises(ImagesError, match=f"not {named}"):
+        assert not ImageSource(images, VIT_DATA).digest  # where it cannot be told, nothing is wrong yet
+        list(ImageSource(images, VIT_DATA).batches())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_pixels_are_no_input(dtype: torch.dtype) -> None:
+    """0 to 255, taken as normalised, would be other images without a word."""
+    pixels = torch.ones(2, 3, 32, 32, dtype=dtype)
+    for images in (pixels, [pixels], [(pixels, torch.zeros(2))]):
+        with pytest.raises(ImagesError, match=f"normalised for the model, not {dtype}"):
+            list(ImageSource(images, VIT_DATA).numbered())
+
+
+def test_a_tuple_of_files(eleven: Path) -> None:
+    files = sorted((eleven / "set").iterdir())
+    assert list(ImageSource(tuple(files), VIT_DATA).encoded()) == [f.read_bytes() for f in files]
+    shards = ImageSource((f"{eleven}/0.tar", eleven / "1.tar"), VIT_DATA)
+    assert list(shards.encoded()) == [f.read_bytes() for f in files]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_digest_tells_sources_apart(eleven: Path, kind: str) -> None:
     def digest(images: Any = None, config: DataConfig = VIT_DATA, **options: Any) -> str:

@@ -19,19 +19,16 @@ from hypothesis import strategies as st
 from support import write_tar
 
 from elude_runtime.errors import ImagesError
-from elude_runtime.offline.tar_index import DAMAGE, tar_images
+from elude_runtime.offline.tar_index import DAMAGE, ELSEWHERE, tar_images
 
 JPG = frozenset({".jpg", ".png"})
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
 
 def images_of(path: Path) -> list[tuple[str, bytes]]:
-    """(name, bytes) of what the scan finds; no bytes for damage."""
+    """(name, bytes) of what the scan finds; no bytes for what is not there."""
     whole = path.read_bytes()
-    return [
-        (name.decode(), b"" if size == DAMAGE else whole[first : first + size])
-        for name, first, size in tar_images(str(path), JPG)
-    ]
+    return [(name.decode(), whole[first : first + max(0, size)]) for name, first, size in tar_images(str(path), JPG)]
 
 
 # Names that tar formats store in different ways: short, with a long folder (ustar's prefix), longer than any field, and
@@ -62,14 +59,69 @@ def test_it_finds_what_tarfile_finds(drawn: list[tuple[str, bytes]], kind: str) 
 def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "a global header"}) as tar:
-        for number, kind in enumerate((tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)):
+        for number, kind in enumerate((tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)):
             other = tarfile.TarInfo(f"other{number}.jpg")
-            other.type, other.linkname = kind, "0.jpg"
+            other.type = kind
             tar.addfile(other)
             info = tarfile.TarInfo(f"./{number}.jpg")
             info.size = 3
             tar.addfile(info, io.BytesIO(b"abc"))
     assert images_of(path) == [(f"{n}.jpg", b"abc") for n in range(4)]
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+@pytest.mark.parametrize("folder", ["", "./d/", "f" * 99 + "/" + "g" * 50 + "/"])
+def test_links_are_what_they_lead_to(tmp_path: Path, kind: str, folder: str) -> None:
+    """As tarfile reads them: hard links by their name in the archive, symbolic ones from the folder they are in."""
+    if kind == "ustar" and len(folder) > 99:
+        pytest.skip("this format holds no link so long")
+    hard, soft, path = tarfile.LNKTYPE, tarfile.SYMTYPE, tmp_path / "a.tar"
+    links = [
+        ("b.jpg", hard, f"{folder}a.jpg"), ("c.jpg", soft, "a.jpg"), ("d/d.jpg", soft, "../a.jpg"),
+        ("f.jpg", hard, f"{folder}e.png"),
+    ]  # fmt: skip
+    with tarfile.open(path, "w", format=FORMATS[kind]) as tar:
+
+        def add(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, target: str = "") -> None:
+            info = tarfile.TarInfo(folder + name)
+            info.type, info.linkname, info.size = kind, target, len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+        add("a.jpg", b"a" * 600)
+        for name, link, target in links[:3]:
+            add(name, b"", link, target)
+        add("e.png", b"e")
+        add("f.jpg", b"", *links[3][1:])
+    with tarfile.open(path) as tar:
+        expected = [(m.name.removeprefix("./"), tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
+    assert images_of(path) == expected and [data for _, data in expected] == [b"a" * 600] * 4 + [b"e"] * 2
+
+
+@pytest.mark.parametrize("target", ["gone.jpg", "/etc/hostname", "self.jpg", "later.jpg", ""])
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, target: str, kind: bytes) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("self.jpg", None), ("later.jpg", b"x")):
+            info = tarfile.TarInfo(name)
+            if data is None:
+                info.type, info.linkname = kind, target
+            else:
+                info.size = len(data)
+            tar.addfile(info, io.BytesIO(data or b""))
+    found = [(name, size) for name, _, size in tar_images(str(tmp_path / "a.tar"), JPG)]
+    assert found == [(b"self.jpg", ELSEWHERE), (b"later.jpg", 1)]
+
+
+@pytest.mark.skipif(which("tar") is None, reason="there is no tar here")
+def test_hard_links_as_the_tar_command_packs_them(tmp_path: Path) -> None:
+    """The set is a copy made with `cp -l`, so that the archive holds the second name of each as a link."""
+    for name in ("a", "b"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / f"set/{name}.jpg").write_bytes(name.encode() * 700)
+        (tmp_path / f"set/{name}-again.jpg").hardlink_to(tmp_path / f"set/{name}.jpg")
+    subprocess.run(["tar", "--sort=name", "-cf", "a.tar", "-C", "set", "."], cwd=tmp_path, check=True)
+    expected = [(f"{n}{more}.jpg", n.encode() * 700) for n in ("a", "b") for more in ("-again", "")]
+    assert images_of(tmp_path / "a.tar") == expected
 
 
 @pytest.mark.skipif(which("tar") is None, reason="there is no tar here")
@@ -202,6 +254,29 @@ def test_megabytes_behind_the_end_mark_are_damage(whole: bytes, tmp_path: Path) 
     assert [e[2] == DAMAGE for e in tar_images(str(path), JPG)] == [False, False, False, True]
 
 
+def test_an_archive_behind_the_end_mark_is_damage(whole: bytes, tmp_path: Path) -> None:
+    """Tars made one by `cat`, which most readers take for the first of them."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(whole)
+    complete = list(tar_images(str(path), JPG))
+    path.write_bytes(whole + whole)
+    found = list(tar_images(str(path), JPG))
+    assert found[:3] == complete and [(name, size) for name, _, size in found[3:]] == [(b"", DAMAGE)]
+    assert whole[found[3][1] :].strip(b"\0") == b"" and found[3][1] > sum(complete[-1][1:])
+
+
+def test_an_extension_header_of_a_megabyte_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    for length, expected in ((1 << 19, [b"0.jpg", b"1.jpg"]), (1 << 20, [b"0.jpg", b""])):
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name, pax in (("0.jpg", {}), ("1.jpg", {"comment": "x" * length})):
+                info = tarfile.TarInfo(name)
+                info.size, info.pax_headers = 3, pax
+                tar.addfile(info, io.BytesIO(b"abc"))
+        found = list(tar_images(str(path), JPG))
+        assert [name for name, _, _ in found] == expected and (found[1][2] == DAMAGE) == (expected[1] == b"")
+
+
 @given(st.lists(st.tuples(st.integers(0, 6143), st.integers(0, 255)), min_size=1, max_size=12), st.booleans())
 def test_no_damage_is_more_than_damage(whole: bytes, changes: list[tuple[int, int]], resealed: bool) -> None:
     """Whatever the bytes: entries inside the file, in order, or one clear error. resealed: with checksums that fit, so
@@ -224,6 +299,6 @@ def test_no_damage_is_more_than_damage(whole: bytes, changes: list[tuple[int, in
             assert "\n" not in str(error)
             return
     starts = [first for _, first, _ in found]
-    assert starts == sorted(starts)
+    assert resealed or starts == sorted(starts)  # a link may lead back
     assert all(first + max(0, size) <= len(data) for _, first, size in found)
     assert all(size != DAMAGE for _, _, size in found[:-1])
