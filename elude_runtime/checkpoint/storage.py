@@ -82,19 +82,21 @@ def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 @contextmanager
-def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
+def new_directory(out: Path, *, force: bool = False, within: Path | None = None) -> Iterator[Path]:
     """A temporary directory beside `out` that takes its name when the block ends well, and is gone otherwise.
 
-    StorageError for an existing `out` (unless force: it is replaced only at the end) or a disk that refuses.
+    within: where it is made instead, a directory on the same disk. StorageError for an existing `out` (unless force: it
+    is replaced only at the end) or a disk that refuses.
     """
     out = out.absolute()
-    if force and out.exists() and not ((out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))):
-        raise StorageError(f"{out} is not a checkpoint, so --force does not replace it; choose another --out.")
-    if out.exists() and not force:
-        raise StorageError(f"{out} is already there; choose another --out, or --force to replace it.")
+    within = within or out.parent
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        if force and out.exists() and not ((out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))):
+            raise StorageError(f"{out} is not a checkpoint, so --force does not replace it; choose another --out.")
+        if out.exists() and not force:
+            raise StorageError(f"{out} is already there; choose another --out, or --force to replace it.")
+        within.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=within))
     except OSError as error:
         raise storage_error(error, out) from error
     try:
@@ -102,7 +104,7 @@ def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
         for file in sorted(work.rglob("*")):
             if file.is_file():
                 file.chmod(0o644)  # another user may serve it
-                _sync(file)
+                sync_file(file)
         work.chmod(0o755)
         if not out.exists():
             os.replace(work, out)
@@ -214,7 +216,8 @@ def read_checkpoint(directory: Path) -> tuple[Manifest, dict[str, Tensor], dict[
     return manifest, base, partitions
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Once this returns, what was written to the file survives the machine's failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -53,7 +53,6 @@ def rewrite(
     """Rewrite a model's checkpoint into sub-units and concepts; its predictions stay what they are."""
     from elude_runtime.network.conditions import output_size
     from elude_runtime.offline.ranks import launched
-    from elude_runtime.offline.resume import resume_folder
     from elude_runtime.offline.rewrite import rewrite_checkpoint
     from elude_runtime.partition import SplitConfig
 
@@ -68,9 +67,9 @@ def rewrite(
     names = options.read_labels(labels, outputs if getattr(base.model, "num_classes", 1) else 0) or chosen.labels
     if asked.random:
         notes.append("The weights are random: give --pretrained or --weights for a model that knows something.")
-    for note in notes if launched().first else ():
-        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
     first = launched().first
+    for note in notes if first else ():
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
     try:
         with stages(visible=first) as bar:
             result = rewrite_checkpoint(
@@ -78,11 +77,9 @@ def rewrite(
                 max_images=max_images, device=device, data_config=data, labels=names, force=force,
                 save_every=save_every, progress=bar,
             )  # fmt: skip
-    except BaseException:
-        if first and resume_folder(out).is_dir():
-            console.print(
-                f"[yellow]note:[/] Progress is kept in {resume_folder(out)}; the same command goes on from it."
-            )
+    except BaseException as error:
+        for note in getattr(error, "__notes__", ()):
+            console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
         raise
     if not first:
         return

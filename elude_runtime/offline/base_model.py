@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,22 @@ class BaseModel:
     factory_files: tuple[Path, ...] = ()
     factory_root: Path | None = None
 
+    @property
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of the factory's files, by their names below its folder."""
+        root = self.factory_root or Path()
+        return {f.relative_to(root).as_posix(): _file_sha256(f) for f in self.factory_files}
+
 
 def describe_model(model: nn.Module, factory: str | None, args: dict[str, Any] | None) -> BaseModel:
     """How a model in memory is built again, checked: ModelError when it cannot be."""
     refuse_compiled(model)
+    try:
+        json.dumps(args)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"The checkpoint cannot hold model_args ({error}); give names and numbers, act_layer='relu' for a class."
+        ) from error
     if factory:
         made = Factory.parse(factory)
         again, files = made.build(args)
@@ -89,4 +102,8 @@ def carry_factory(base: BaseModel, work: Path, data: DataConfig) -> dict[str, st
             "The factory's files, copied into the checkpoint, build another network; let the factory open "
             "what it needs with Python, from its own folder."
         )
-    return {n: hashlib.sha256((work / "factory" / n).read_bytes()).hexdigest() for n in names}
+    return {n: _file_sha256(work / "factory" / n) for n in names}
+
+
+def _file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

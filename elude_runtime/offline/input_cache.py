@@ -4,30 +4,32 @@ What lies there needs no second run through the network, so that a small set of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elude_runtime.checkpoint.storage import storage_error
+from elude_runtime.checkpoint.storage import storage_error, sync_file
 
 BUDGET = 2 * 2**30  # bytes, of all processes together
 _PLACES = "places"
 
 
 class InputCache:
-    """Whether a batch is kept depends on its number alone, so that every number of processes keeps the same ones."""
+    """Whether a batch is kept depends on its places alone, so that every number of processes keeps the same ones."""
 
-    def __init__(self, folder: Path, batch_size: int) -> None:
-        self.folder, self.batch_size = folder, batch_size
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._unsynced: list[Path] = []
 
     def add(self, number: int, places: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Keep a batch if it lies within the budget: places [B], inputs {layer: [B, ...]}. StorageError when the disk
-        refuses."""
+        """Keep a batch if all images up to its last lie within the budget: places [B] ascending, inputs {layer:
+        [B, ...]}. StorageError when the disk refuses."""
         an_image = sum(x[0].numel() * x.element_size() for x in inputs.values())
-        if (number + 1) * self.batch_size * an_image > BUDGET:
+        if (int(places[-1]) + 1) * an_image > BUDGET:
             return
         path = self._path(number)
         try:
@@ -37,18 +39,25 @@ class InputCache:
             path.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else OSError(28, str(error))
             raise storage_error(cause, path) from error
+        self._unsynced.append(path)
 
-    def numbers(self) -> list[int]:
-        """The batches that are there, once pass one is through."""
-        return sorted(int(p.suffix[1:]) for p in self.folder.glob("inputs.*"))
+    def sync(self) -> None:
+        """Once this returns, what was added survives the machine's failure."""
+        for path in self._unsynced:
+            try:
+                sync_file(path)
+            except OSError as error:
+                raise storage_error(error, path) from error
+        self._unsynced.clear()
 
-    def places(self, numbers: list[int]) -> Tensor:
-        """int64: the images of these batches."""
-        parts = [torch.empty(0, dtype=torch.int64)]
-        for number in numbers:
-            with safe_open(self._path(number), "pt") as file:
-                parts.append(file.get_tensor(_PLACES))
-        return torch.cat(parts)
+    def places(self, own: Callable[[int], bool]) -> dict[int, Tensor]:
+        """{number: int64 places of its images} of this process's batches that are there, once pass one is through; one
+        that is damaged counts as absent."""
+        found = {}
+        for number in sorted(filter(own, (int(p.suffix[1:]) for p in self.folder.glob("inputs.*")))):
+            with suppress(SafetensorError), safe_open(self._path(number), "pt") as file:
+                found[number] = file.get_tensor(_PLACES)
+        return found
 
     def read(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(places, {layer: input}) of one batch."""

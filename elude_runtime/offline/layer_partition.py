@@ -16,7 +16,7 @@ from elude_runtime.offline.token_store import TokenStore
 from elude_runtime.partition import REST_CONCEPT, REST_EDGE, Partition, SplitConfig
 from elude_runtime.partition.concepts import concept_activation, concept_share, describe, group_concepts, subunit_share
 from elude_runtime.partition.sign_split import compact, end_count, neuron_chunks, split_neurons
-from elude_runtime.partition.sums import sum_edges, wide_weight
+from elude_runtime.partition.sums import neuron_groups, sum_edges, wide_weight
 
 _STILL = 1e-30  # a standard deviation below counts as none: weights that decayed to denormals have no reciprocal
 _WIDE_FLOATS = 8_000_000  # masked weights held at once
@@ -76,7 +76,7 @@ def make_concepts(
     weight = linear.weight().cpu()
     types, d, _ = edges.shape
     width = config.subunits + 1
-    groups = torch.arange(d) // (d // linear.groups)
+    groups = neuron_groups(d, linear.groups)
     mean, std = torch.zeros(types, d, width), torch.zeros(types, d, width)
     concept = torch.full((types, d, width), REST_CONCEPT, dtype=torch.int32)
     tables: list[pa.Table] = []

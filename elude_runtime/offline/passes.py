@@ -13,10 +13,12 @@ from elude_runtime.errors import ImagesError, ModelError
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.split_layers import SplitLayer
 from elude_runtime.offline.collect import LayerStatistics, State, run_layers, token_inputs
-from elude_runtime.offline.images import Batch, ImageReport, ImageSource, Progress
+from elude_runtime.offline.image_files import spread
+from elude_runtime.offline.images import Batch, ImageSource, Progress
 from elude_runtime.offline.input_cache import InputCache
 from elude_runtime.offline.ranks import Ranks
 from elude_runtime.offline.resume import Resume
+from elude_runtime.offline.seen_images import SeenImages
 from elude_runtime.offline.token_store import TokenStore
 from elude_runtime.partition import SplitConfig
 
@@ -38,36 +40,38 @@ class Passes:
 
     @cached_property
     def cache(self) -> InputCache:
-        return InputCache(self.resume.folder, self.source.batch_size)
+        return InputCache(self.resume.folder)
 
-    def token_statistics(self) -> tuple[list[LayerStatistics], ImageReport]:
+    def token_statistics(self) -> tuple[list[LayerStatistics], SeenImages]:
         """Pass one: statistics of every layer, and the images they are of. ImagesError when none could be read."""
         modules = dict(self.model.named_modules())
         own = [LayerStatistics(y, LinearMap(modules[y.name], y.name), self.config) for y in self.layers]
-        images, start = ImageReport(), 0
+        images, start = SeenImages(), 0
         kept = self.resume.load("statistics")
         if kept:
-            start = _restore(own, images, kept)
+            images, start = SeenImages.of([kept["images"]]), kept["next"]
+            _restore(own, kept)
         else:
             self._set_limits(own)
         for batch, seen in self._run(self.source, "token statistics", start):
-            images.hashes.extend(batch.hashes)
-            images.skipped += batch.skipped
+            images.add(batch)
             if len(batch.places):
                 for one in own:
                     one.add(batch.places, *seen[one.layer.name])
                 self.cache.add(batch.number, batch.places, {name: x for name, (x, _) in seen.items()})
             if self.resume.due():
+                self.cache.sync()
                 self.resume.save("statistics", _state(own, images, batch.number + 1))
         if self.ranks.world > 1:
             shares = self.ranks.gather(_state(own, images, 0))
             own = [LayerStatistics(one.layer, one.linear, self.config) for one in own]
-            images = ImageReport()
+            images = SeenImages.of(share["images"] for share in shares)
             for share in shares:
                 others = [LayerStatistics(one.layer, one.linear, self.config) for one in own]
-                _restore(others, images, share)
+                _restore(others, share)
                 for one, other in zip(own, others, strict=True):
                     one.merge(other)
+        self.resume.basis = images.digest
         if not images.hashes:
             first = f" The first: {': '.join(images.skipped[0])}" if images.skipped else ""
             raise ImagesError(f"None of the {len(images.skipped)} images could be read.{first}")
@@ -79,9 +83,10 @@ class Passes:
                 )
         return own, images
 
-    def chosen_tokens(self, statistics: list[LayerStatistics]) -> dict[str, dict[int, TokenStore]]:
+    def chosen_tokens(self, statistics: list[LayerStatistics], seen: SeenImages) -> dict[str, dict[int, TokenStore]]:
         """Pass two, over the images that hold a chosen token and are not in the cache: {layer: {token type: inputs of
-        its end tokens and of its sample}}. The stores' files lie in the resume folder."""
+        its end tokens and of its sample}}. The stores' files lie in the resume folder. ImagesError when an image is not
+        what pass one saw."""
         stores: dict[str, dict[int, TokenStore]] = {}
         needed = []
         for number, one in enumerate(statistics):
@@ -101,27 +106,41 @@ class Passes:
                         store.add(places[images], reads[:, one.layer.layout.slices[t]])
 
         every = [store for of_layer in stores.values() for store in of_layer.values()]
-        cached = self.cache.numbers()
-        for number in filter(self.ranks.owns, cached):
+        whole = all(self.ranks.gather(all(store.whole for store in every)))
+        for store in every:
+            store.allocate()
+        cached = self.cache.places(self.ranks.owns)
+        for number in cached:
             keep(*self.cache.read(number))
-        places = places[~torch.isin(places, self.cache.places(cached))]
+        for share in self.ranks.gather(cached):
+            places = places[~torch.isin(places, torch.cat([places[:0], *share.values()]))]
+        found = 0
         if len(places):
-            self._read_again(self.source.at(places), keep, every)
+            kept = self.resume.load("tokens") if whole else None
+            found = self._read_again(places, seen, keep, every, kept or {"next": 0, "found": 0})
         if self.ranks.world > 1:
             for store in every:  # another machine reads what this one wrote
                 store.sync()
-        self.ranks.wait()
+        missing = len(places) - sum(self.ranks.gather(found))
+        if missing:
+            raise ImagesError(f"{missing} images did not come again; give images that can be read twice in one order.")
         return stores
 
-    def _read_again(self, source: ImageSource, keep: Callable[..., None], stores: list[TokenStore]) -> None:
-        kept = self.resume.load("tokens")
-        for batch, seen in self._run(source, "chosen tokens", kept["next"] if kept else 0):
+    def _read_again(
+        self, places: Tensor, known: SeenImages, keep: Callable[..., None], stores: list[TokenStore], done: State
+    ) -> int:
+        """The number of images that this process found of those at `places`; done: where it stands."""
+        source, found = self.source.at(places), done["found"]
+        for batch, seen in self._run(source, "chosen tokens", done["next"]):
+            known.check(batch, source)
+            found += int(torch.isin(batch.places, places).sum())
             if len(batch.places):
                 keep(batch.places, {name: x for name, (x, _) in seen.items()})
             if self.resume.due():
                 for store in stores:
                     store.sync()
-                self.resume.save("tokens", {"next": batch.number + 1})
+                self.resume.save("tokens", {"next": batch.number + 1, "found": found})
+        return found
 
     def _run(self, source: ImageSource, stage: str, start: int) -> Iterator[tuple[Batch, dict[str, LayerPair]]]:
         total, size = source.count, source.batch_size
@@ -134,8 +153,7 @@ class Passes:
     def _set_limits(self, statistics: list[LayerStatistics]) -> None:
         """Norm limits from a few images spread over the source, the same in every process."""
         count = self.source.count
-        spread = (torch.arange(_PROBE_IMAGES) * count // _PROBE_IMAGES).unique() if count else torch.empty(0)
-        few = self.source.at(spread) if count else self.source
+        few = self.source.at(torch.from_numpy(spread(count, _PROBE_IMAGES))) if count else self.source
         for source in (few, self.source):
             inputs: dict[str, list[Tensor]] = {one.layer.name: [] for one in statistics}
             found = 0
@@ -151,16 +169,10 @@ class Passes:
                 return
 
 
-def _state(statistics: list[LayerStatistics], images: ImageReport, following: int) -> State:
-    hashes = torch.tensor(images.hashes.data, dtype=torch.uint8)
-    layers = [one.state() for one in statistics]
-    return {"next": following, "layers": layers, "hashes": hashes, "skipped": images.skipped}
+def _state(statistics: list[LayerStatistics], images: SeenImages, following: int) -> State:
+    return {"next": following, "layers": [one.state() for one in statistics], "images": images.state()}
 
 
-def _restore(statistics: list[LayerStatistics], images: ImageReport, state: State) -> int:
-    """Fill statistics from a state, add its images; the number of the batch that comes next."""
+def _restore(statistics: list[LayerStatistics], state: State) -> None:
     for one, kept in zip(statistics, state["layers"], strict=True):
         one.restore(kept)
-    images.hashes.extend(state["hashes"].numpy().tobytes())
-    images.skipped += [(file, reason) for file, reason in state["skipped"]]
-    return int(state["next"])

@@ -11,19 +11,20 @@ import hashlib
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from elude_runtime.checkpoint.manifest import canonical_json
-from elude_runtime.checkpoint.storage import storage_error, write_file
+from elude_runtime.checkpoint.storage import storage_error, sync_file, write_file
 from elude_runtime.errors import StorageError
 from elude_runtime.offline.collect import State
 from elude_runtime.offline.ranks import Ranks
 
 SAVE_SECONDS = 60.0
-_SETTINGS = "settings"
+_SETTINGS, _LOCK = "settings", "lock"
 
 
 def resume_folder(out: Path) -> Path:
@@ -33,15 +34,18 @@ def resume_folder(out: Path) -> Path:
 
 
 class Resume:
-    """A context: progress found in it belongs to the same settings. Left behind by an error once something was saved.
+    """A context: progress found in it belongs to the same settings. Left behind by an error once something was saved,
+    with a note on the error that says so.
 
     settings: everything that the result depends on; None where the images cannot be told from others, and nothing is
-    saved. every: seconds between saves. Raises StorageError while another run writes to the same checkpoint.
+    saved. every: seconds between saves. basis: what else the states to come depend on, known only on the way; those
+    saved on another basis are not loaded. Raises StorageError while another run writes to the same checkpoint.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any] | None, ranks: Ranks, every: float = SAVE_SECONDS) -> None:
         self.out, self.folder, self.ranks, self.every = out.absolute(), resume_folder(out), ranks, every
         self.digest = None if settings is None else hashlib.sha256(canonical_json(settings)).hexdigest()
+        self.basis = ""
         self._saved = False
         self._last = time.monotonic()
         self._lock = -1
@@ -49,37 +53,55 @@ class Resume:
     def __enter__(self) -> Self:
         if self.ranks.first:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
-                found = self.folder / _SETTINGS
-                if self.digest is None or not found.is_file() or found.read_text() != self.digest:
-                    self._empty()
-                    write_file(found, (self.digest or "").encode())
-                else:
-                    self._saved = True  # by the run that this one continues
-                for stale in self.out.parent.glob(f".{self.out.name}.*.part"):
-                    shutil.rmtree(stale, ignore_errors=True)
+                try:
+                    self._begin()
+                except BaseException as error:
+                    self._leave(error)
+                    raise
             except OSError as error:
                 raise storage_error(error, self.folder) from error
         self.ranks.wait()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if self.ranks.first:
-            if kind is None or not self._saved:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            self._leave(error)
+
+    def _begin(self) -> None:
+        found = self.folder / _SETTINGS
+        self._saved = self.digest is not None and found.is_file() and found.read_text() == self.digest
+        for entry in self.folder.iterdir():
+            if entry.is_dir():  # a checkpoint cut short
+                shutil.rmtree(entry, ignore_errors=True)
+        if not self._saved:
+            self._empty()
+            write_file(found, (self.digest or "").encode())
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Unlock, and remove everything unless the same command can go on from it."""
+        if error is not None and self._saved:
+            error.add_note(f"Progress is kept in {self.folder}; the same command goes on from it.")
             os.close(self._lock)
+            return
+        with suppress(OSError):
+            self._empty()
+            (self.folder / _LOCK).unlink()  # the last, so that no other run begins in what is being emptied
+        os.close(self._lock)
+        with suppress(OSError):  # after the lock: a network file system keeps an open file in its folder
+            self.folder.rmdir()
 
     def due(self) -> bool:
         """Whether it is time to save again."""
         return self.digest is not None and time.monotonic() - self._last >= self.every
 
     def save(self, name: str, state: State) -> None:
-        """Keep this process's state under a name, whole or not at all."""
+        """Keep this process's state under a name, whole or not at all, also when the machine fails."""
         path = self._path(name)
         temporary = path.with_suffix(".new")
         try:
-            torch.save(state, temporary)
+            torch.save({"basis": self.basis, "state": state}, temporary)
+            sync_file(temporary)
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter over a full disk
             temporary.unlink(missing_ok=True)
@@ -88,23 +110,40 @@ class Resume:
         self._saved, self._last = True, time.monotonic()
 
     def load(self, name: str) -> State | None:
-        """What this process saved under that name, in this run or the one before."""
+        """What this process saved under that name and on the same basis, in this run or the one before; None where that
+        is damaged."""
         path = self._path(name)
-        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            return kept["state"] if kept["basis"] == self.basis else None
+        except Exception:  # of a damaged file torch makes anything
+            return None
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.{self.ranks.rank}.pt"
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise StorageError(
-                f"Another rewrite is writing to {self.out}; wait for it, or choose another --out."
-            ) from error
+        """Lock the folder, by a file in it that is open for writing: a network file system asks for that."""
+        path, there = self.folder / _LOCK, False
+        while not there:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(FileNotFoundError):  # a run that has just ended took the file away
+                    there = os.path.samestat(os.fstat(self._lock), os.stat(path))
+            except BlockingIOError as error:
+                raise StorageError(
+                    f"Another rewrite is writing to {self.out}; wait for it, or choose another --out."
+                ) from error
+            finally:
+                if not there:
+                    os.close(self._lock)
 
     def _empty(self) -> None:
+        """Remove all files but the lock."""
         for entry in self.folder.iterdir():
-            entry.unlink()
+            if entry.name != _LOCK:
+                entry.unlink()

@@ -37,15 +37,19 @@ from elude_runtime.errors import ModelError, SettingsError
 from elude_runtime.network.conditions import borrowed, output_size, usable_device
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.network.split_layers import choose_layers, find_split_layers
+from elude_runtime.network.tail import TailRunner
 from elude_runtime.network.tokens import TYPE_NAMES
 from elude_runtime.offline.base_model import BaseModel, carry_factory, describe_model
 from elude_runtime.offline.collect import LayerStatistics
 from elude_runtime.offline.feature_table import write_table
-from elude_runtime.offline.images import HASH_BYTES, ImageSource, Progress
+from elude_runtime.offline.image_files import spread
+from elude_runtime.offline.image_loading import HASH_BYTES
+from elude_runtime.offline.images import ImageSource, Progress
 from elude_runtime.offline.layer_partition import make_concepts, split_edges
 from elude_runtime.offline.passes import Passes
-from elude_runtime.offline.ranks import joined
+from elude_runtime.offline.ranks import joined, launched
 from elude_runtime.offline.resume import SAVE_SECONDS, Resume
+from elude_runtime.offline.seen_images import SeenImages
 from elude_runtime.partition import REST_CONCEPT, Partition, SplitConfig
 
 __all__ = ["BaseModel", "RewriteResult", "rewrite", "rewrite_checkpoint"]
@@ -98,7 +102,8 @@ def rewrite(
         batch_size=batch_size, workers=workers, max_images=max_images, device=device, data_config=data_config,
         labels=labels, force=force, progress=progress,
     )  # fmt: skip
-    return elude_runtime.load(result.path, device, trust_factory=base.source.kind == "factory")
+    own = launched().device(device)
+    return elude_runtime.load(result.path, own, trust_factory=base.source.kind == "factory")
 
 
 def rewrite_checkpoint(
@@ -122,7 +127,8 @@ def rewrite_checkpoint(
     """The whole offline step; see `rewrite`."""
     if not 1 <= concepts < REST_CONCEPT:
         raise SettingsError(f"The number of concepts must be between 1 and {REST_CONCEPT - 1}.")
-    with joined() as ranks, borrowed(base.model, usable_device(device)) as model:
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "numpy": numpy.__version__}
+    with joined() as ranks, borrowed(base.model, usable_device(ranks.device(device))) as model:
         report = progress if progress and ranks.first else _silent
         size = tuple(images.shape[1:]) if isinstance(images, Tensor) and images.dim() == 4 else None
         data = data_config or DataConfig.of_model(model, input_size=size)
@@ -140,25 +146,30 @@ def rewrite_checkpoint(
                 f"The weight {broken[0]} holds values that are not finite (NaN or infinity); take weights that were "
                 "saved before training went wrong."
             )
+        # planned before the work, since it refuses a layer whose output cannot be replaced
+        tails = TailRunner(model, [layer.name for layer in chosen], data.input_size)
         base_sha256 = tensors_sha256(tensors)
         settings = {
-            "elude": elude_runtime.__version__,
-            "base": base_sha256,
+            "versions": {"elude": elude_runtime.__version__, **versions},
+            "weights": base_sha256,
+            "model": base.source.model_dump(),
+            "factory files": base.file_hashes,
             "layers": [layer.name for layer in chosen],
-            "split": asdict(config),
+            "options": asdict(config),
             "images": source.digest,
             "device": str(device),
             "processes": ranks.world,
             "threads": torch.get_num_threads(),
         }
+        ranks.agree(settings)
         with (
             Resume(out, settings if source.digest else None, ranks, save_every) as resume,
-            new_directory(out, force=force) if ranks.first else nullcontext() as work,
+            new_directory(out, force=force, within=resume.folder) if ranks.first else nullcontext() as work,
         ):
             carried = carry_factory(base, work, data) if work else {}
             passes = Passes(model, chosen, source, config, ranks, resume, report)
             statistics, seen = passes.token_statistics()
-            stores = passes.chosen_tokens(statistics)
+            stores = passes.chosen_tokens(statistics, seen)
             edges = [split_edges(s, stores[s.layer.name], config, ranks, resume, report) for s in statistics]
             if work:
                 made = []
@@ -181,7 +192,7 @@ def rewrite_checkpoint(
                     method={"partition": "sign-split", **asdict(config), "concepts": concepts},
                     seed=config.seed,
                     threads=torch.get_num_threads(),
-                    versions={"torch": torch.__version__, "timm": timm.__version__, "numpy": numpy.__version__},
+                    versions=versions,
                     calibration=Calibration(
                         images=len(hashes),
                         sha256=hashlib.sha256(hashes.numpy().tobytes()).hexdigest(),
@@ -190,7 +201,7 @@ def rewrite_checkpoint(
                     base_sha256=base_sha256,
                     partition_sha256=tensors_sha256(own),
                 )
-                manifest = _measure_attribution(model, manifest, partitions, source, report)
+                manifest = _measure_attribution(tails, manifest, partitions, source, seen, report)
                 report("writing", 0, 1)
                 write_tensors(work, {**tensors, **own, CALIBRATION_TENSOR: hashes})
                 write_manifest(work, manifest)
@@ -225,12 +236,22 @@ def _entry(one: LayerStatistics, partition: Partition, config: SplitConfig) -> L
 
 
 def _measure_attribution(
-    model: nn.Module, manifest: Manifest, partitions: dict[str, Partition], source: ImageSource, report: Progress
+    tails: TailRunner,
+    manifest: Manifest,
+    partitions: dict[str, Partition],
+    source: ImageSource,
+    seen: SeenImages,
+    report: Progress,
 ) -> Manifest:
-    """The manifest with every layer's measured completeness errors, and the method that `auto` stands for."""
+    """The manifest with every layer's measured completeness errors, and the method that `auto` stands for: on images
+    spread over those seen, since neighbours are often alike (an iterable of batches: on the first)."""
+    model = tails.model
     loaded = EludeModel(model, manifest, partitions).to(next(model.parameters()).device)
+    loaded.tails = tails
+    few = source.at(seen.places[torch.from_numpy(spread(len(seen.places), COMPLETENESS_IMAGES))])
     taken: list[Tensor] = []
-    for batch in source.numbered():
+    for batch in few.numbered():
+        seen.check(batch, few)
         taken.append(batch.images)
         if sum(len(b) for b in taken) >= COMPLETENESS_IMAGES:
             break

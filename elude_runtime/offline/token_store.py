@@ -17,17 +17,20 @@ class TokenStore:
     """
 
     def __init__(self, path: Path, ids: Tensor, shape: tuple[int, ...]) -> None:
-        """ids int64 [S], any order, repeats allowed; shape (G, n, q) of what one token reads."""
+        """ids int64 [S], any order, repeats allowed; shape (G, n, q) of what one token reads. `allocate` comes next."""
         self.path, self.shape = path, shape
         self.ids = ids.unique()
         self.columns = int(np.prod(shape))
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        size = len(self.ids) * self.columns * 4
-        if hasattr(os, "posix_fallocate"):
-            if size:
-                os.posix_fallocate(self._file, 0, size)  # a full disk is an error here, before hours of work
-        else:  # macOS
-            os.truncate(self._file, size)
+        self.size = len(self.ids) * self.columns * 4
+        self.whole = os.fstat(self._file).st_size == self.size  # an earlier run's, which may hold rows already
+
+    def allocate(self) -> None:
+        """Take the file's whole place on the disk: a full disk is an error here, before hours of work."""
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            os.truncate(self._file, self.size)
+        elif self.size:
+            os.posix_fallocate(self._file, 0, self.size)
 
     def places(self, tokens: int) -> Tensor:
         """int64, ascending: the images that hold any of the tokens, `tokens` an image."""

@@ -115,7 +115,7 @@ def split_neurons(
     clusters = end_count(config, positive)
     generator = torch.Generator().manual_seed(config.seed)
     draws = torch.rand(2, weight.shape[0], clusters, generator=generator, dtype=torch.float64).to(weight.device)
-    index = torch.arange(chosen.start, chosen.stop, device=weight.device)
+    index = torch.arange(chosen.start, chosen.stop)  # on the CPU, like the ids: it may index tensors of any device
     rows = weight[index]
     up = end_clusters(read(index, positive[index]), rows, clusters, draws[0, index].to(rows.dtype))
     down = end_clusters(read(index, negative[index]), rows, clusters, draws[1, index].to(rows.dtype))
@@ -136,8 +136,9 @@ def sign_split(
 ) -> tuple[Tensor, Tensor]:
     """The partition of one layer for one token type.
 
-    weight float32 [d, n, q]; positive and negative int64 [d, N]: ids of the tokens at each end of every neuron, best
-    first; read(neurons [B], ids [B, N]) -> [B, N, n, q], the layer's inputs at those tokens.
+    weight float32 [d, n, q]; positive and negative int64 [d, N] on the CPU: ids of the tokens at each end of every
+    neuron, best first; read(neurons [B], ids [B, N]) -> [B, N, n, q], the layer's inputs at those tokens, where the
+    weight is.
     Returns edges uint8 [d, n] and counts uint8 [d].
     """
     chunks = neuron_chunks(len(weight), positive.shape[1], weight[0].numel())

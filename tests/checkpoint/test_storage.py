@@ -289,6 +289,13 @@ class TestWritingADirectory:
             raise OSError(number, os.strerror(number))
         assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_name_that_no_file_can_have(self, tmp_path: Path, force: bool) -> None:
+        out = tmp_path / ("c" * 300)
+        with pytest.raises(StorageError, match="could not be written"), new_directory(out, force=force):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_parent_that_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         with pytest.raises(StorageError), new_directory(tmp_path / "file" / "ckpt"):

@@ -208,6 +208,7 @@ def test_norm_limits_are_a_multiple_of_the_median(vit_statistics: tuple) -> None
 
 def test_statistics_go_on_from_a_saved_state(vit_statistics: tuple) -> None:
     one, x = vit_statistics
+    one.set_limits(x * 0.2)  # so that some tokens are outliers
     y = torch.nn.functional.linear(x, one.linear.module.weight, one.linear.module.bias).detach()
     other = LayerStatistics(one.layer, one.linear, one.config)
     other.restore(one.state())
@@ -217,3 +218,15 @@ def test_statistics_go_on_from_a_saved_state(vit_statistics: tuple) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one.ends[t].ends(), other.ends[t].ends(), strict=True))
         assert torch.equal(one.samples[t].take(), other.samples[t].take())
         assert torch.equal(one.mean(t), other.mean(t))
+    assert one.limits == other.limits and max(one.limits) < math.inf
+
+
+def test_means_of_several_processes_keep_what_rounding_left(vit_statistics: tuple) -> None:
+    """A sum's second part is merged too: 1 beside 2^60 is lost in the first alone."""
+    one, _ = vit_statistics
+    shares = [LayerStatistics(one.layer, one.linear, one.config) for _ in range(2)]
+    for share, terms in zip(shares, ([-(2.0**60)], [2.0**60, 1.0]), strict=True):
+        for term in terms:
+            share.sums[0].add(torch.tensor([term], dtype=torch.float64))
+    shares[0].merge(shares[1])
+    assert shares[0].sums[0].value.tolist() == [1.0]

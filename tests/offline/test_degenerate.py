@@ -318,6 +318,25 @@ class TestDeadChannels:
             steered = model.steer(input_tensor(VIT_DATA, 2), [elude.Edit(f"{FC2}/Prest")])
             assert torch.equal(steered.steered, steered.default) and not steered.change.any()
 
+    def test_a_layer_that_hardly_reaches_the_output(self, tmp_path: Path) -> None:
+        """What is left of its effect is rounding; an attribution of it is not wrong by that."""
+        model = sound(
+            changed(lambda b: b.blocks[1].mlp.fc2.weight.mul_(1e-7)), input_tensor(VIT_DATA, 6, 0), tmp_path / "c",
+            model_args=VIT_ARGS, layers=[FC2],
+        )  # fmt: skip
+        assert set(model.manifest.layers[0].attribution.completeness.values()) == {0.0}
+
+    def test_an_embedding_of_zeros(self, tmp_path: Path) -> None:
+        """It has no direction of its own."""
+        base = tiny_vit(num_classes=0)
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.zero_()
+        options = {**QUICK, "data_config": VIT_DATA, "model_args": {**VIT_ARGS, "num_classes": 0}}
+        model = elude.rewrite(base, input_tensor(VIT_DATA, 6, 0), out=tmp_path / "c", layers=[FC2], **options)
+        assert not model(input_tensor(VIT_DATA, 2)).any()
+        assert set(model.manifest.layers[0].attribution.completeness.values()) == {0.0}
+
     def test_weights_of_one_sign(self, tmp_path: Path) -> None:
         """Nothing pushes to the negative end, so no sub-unit stands there."""
         model = sound(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ import torch
 from support import VIT_ARGS, VIT_DATA, tiny_vit, write_pictures
 
 import elude_runtime as elude
+from elude_runtime.checkpoint.storage import new_directory
 from elude_runtime.errors import StorageError
 from elude_runtime.offline.ranks import Ranks
 from elude_runtime.offline.resume import Resume, resume_folder
@@ -57,6 +60,14 @@ try:
 except EludeError as error:
     print("refused:", error, flush=True)
     sys.exit(2)
+"""
+
+FACTORY = """
+import timm
+
+def make(**args):
+    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
+    return timm.create_model("vit_tiny_patch16_224", **size, **args)
 """
 
 
@@ -119,6 +130,31 @@ def test_other_settings_begin_anew(tmp_path: Path, images: Path) -> None:
     assert code == 0 and images_done(lines, "token statistics")[:2] == [0, 4]
 
 
+@pytest.mark.parametrize(
+    ("kill_at", "name", "size", "first"),
+    [
+        (("chosen tokens", 3), "statistics.0.pt", 0, "token statistics 0"),
+        (("token statistics", 3), "inputs.1", 90, "token statistics 12"),
+        (("chosen tokens", 3), "tokens.0.0", 4096, "chosen tokens 0"),
+        (("chosen tokens", 3), "tokens.0.pt", 90, "chosen tokens 0"),
+        (("partition of blocks.1.mlp.fc2", 4), "edges.blocks.1.mlp.fc2.0.0.pt", 0, "chosen tokens 18"),
+        (("partition of blocks.1.mlp.fc2", 4), "settings", 0, "token statistics 0"),
+    ],
+)
+def test_a_damaged_file_is_made_again(
+    tmp_path: Path, images: Path, undisturbed: Path, kill_at: tuple[str, int], name: str, size: int, first: str
+) -> None:
+    """As a machine that fails leaves it: empty or cut off."""
+    out, budget = tmp_path / "ckpt", 2**30 if name == "inputs.1" else 0
+    assert run(out, images, kill_at, budget=budget)[0] == -9
+    assert (resume_folder(out) / name).stat().st_size > size
+    os.truncate(resume_folder(out) / name, size)
+    code, lines = run(out, images, budget=budget)
+    assert code == 0 and first in lines
+    for file in ("elude.json", "model.safetensors", "features.parquet"):
+        assert (out / file).read_bytes() == (undisturbed / file).read_bytes(), file
+
+
 def test_whatever_the_result_depends_on_begins_anew(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,29 +163,42 @@ def test_whatever_the_result_depends_on_begins_anew(
     class Begun(Exception):
         pass
 
+    class Alone(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            return [value]
+
     def note(out: Path, settings: dict[str, Any], *_: Any) -> None:
         found.append(settings)
         raise Begun
 
     monkeypatch.setattr("elude_runtime.offline.rewrite.Resume", note)
     others = write_pictures(tmp_path / "others", 18)
+    factory = tmp_path / "factory.py"
+    factory.write_text(FACTORY)
+    (tmp_path / "edited").mkdir()
+    (tmp_path / "edited" / "factory.py").write_text(FACTORY + "# edited\n")
+    of_factory = {"model_args": {}, "factory": f"{factory}:make"}
     changes: list[dict[str, Any]] = [
         {}, {"layers": ["blocks.0.mlp.fc2"]}, {"subunits": 6}, {"tokens": 41}, {"seed": 1}, {"batch_size": 5},
         {"max_images": 7}, {"data_config": replace(VIT_DATA, mean=(0.4, 0.5, 0.5))}, {"images": others},
-        {"weights": 1}, {"threads": 2}, {"processes": "2"},
+        {"weights": 1}, {"threads": 2}, {"processes": "2"}, {"model_args": {**VIT_ARGS, "act_layer": "relu"}},
+        of_factory, {**of_factory, "model_args": {"act_layer": "relu"}},
+        {**of_factory, "factory": f"{tmp_path}/edited/factory.py:make"},
     ]  # fmt: skip
     for change in changes:
-        arguments = {"layers": ["blocks.1.mlp.fc2"], "data_config": VIT_DATA, "images": images, **change}
-        model = tiny_vit()
+        arguments = {
+            "layers": ["blocks.1.mlp.fc2"], "data_config": VIT_DATA, "images": images, "model_args": VIT_ARGS, **change
+        }  # fmt: skip
+        model = tiny_vit(**arguments["model_args"])
         with torch.no_grad():
             model.head.bias += arguments.pop("weights", 0)
         before = torch.get_num_threads()
         torch.set_num_threads(arguments.pop("threads", before))
-        ranks = Ranks(0, int(arguments.pop("processes", 1)))
+        ranks = Alone(0, int(arguments.pop("processes", 1)))
         monkeypatch.setattr("elude_runtime.offline.rewrite.joined", lambda ranks=ranks: nullcontext(ranks))
         try:
             with pytest.raises(Begun):
-                elude.rewrite(model, arguments.pop("images"), out=tmp_path / "c", model_args=VIT_ARGS, **arguments)
+                elude.rewrite(model, arguments.pop("images"), out=tmp_path / "c", **arguments)
         finally:
             torch.set_num_threads(before)
     assert len({json.dumps(settings, sort_keys=True) for settings in found}) == len(changes)
@@ -178,6 +227,29 @@ class TestFolder:
             assert resume.load("statistics") is None
         assert list(tmp_path.iterdir()) == []
 
+    def test_what_was_saved_on_another_basis_is_not_loaded(self, tmp_path: Path) -> None:
+        with Resume(tmp_path / "c", {}, Ranks()) as resume:
+            resume.save("statistics", {"next": 1})
+            resume.basis = "of these images"
+            assert resume.load("statistics") is None
+            resume.save("tokens", {"next": 2})
+            assert resume.load("tokens") == {"next": 2}
+            resume.basis = "of others"
+            assert resume.load("tokens") is None
+
+    def test_an_error_says_that_progress_was_kept(self, tmp_path: Path) -> None:
+        out = tmp_path / "c"
+        with pytest.raises(ValueError, match="x") as caught, Resume(out, {}, Ranks()) as resume:
+            resume.save("statistics", {})
+            raise ValueError("x")
+        assert caught.value.__notes__ == [
+            f"Progress is kept in {resume_folder(out)}; the same command goes on from it."
+        ]
+        with Resume(out, {}, Ranks()):
+            with pytest.raises(StorageError, match="Another") as refused, Resume(out, {}, Ranks()):
+                pass
+            assert not hasattr(refused.value, "__notes__")
+
     def test_nothing_saved_nothing_left(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="x"), Resume(tmp_path / "c", {}, Ranks()):
             raise ValueError("x")
@@ -189,6 +261,49 @@ class TestFolder:
             with pytest.raises(StorageError, match="Another rewrite"), Resume(tmp_path / "c", {}, Ranks()):
                 pass
             assert first.load("statistics") == {"next": 1}
+
+    def test_a_run_that_waited_for_the_lock_of_one_that_ended(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The file it opened is gone when it gets the lock on it: a third run would lock a new one."""
+        first, flock = Resume(tmp_path / "c", {}, Ranks()).__enter__(), fcntl.flock
+
+        def late(handle: int, how: int) -> None:
+            monkeypatch.setattr(fcntl, "flock", flock)
+            first.__exit__(None, None, None)
+            flock(handle, how)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        second, third = (Resume(tmp_path / "c", {}, Ranks()) for _ in range(2))
+        with second, pytest.raises(StorageError, match="Another rewrite"), third:
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_neighbours_files_are_left_alone(self, tmp_path: Path) -> None:
+        """Names that begin with this one's, or that it would match as a pattern."""
+        for name, other in (("run", "run.v2"), ("ck[1]", "ck1"), ("run", "run.resume")):
+            with (
+                Resume(tmp_path / other, {}, Ranks()) as theirs,
+                new_directory(tmp_path / other, within=theirs.folder) as work,
+                new_directory(tmp_path / f"{other}.b") as beside,
+            ):
+                theirs.save("statistics", {})
+                with Resume(tmp_path / name, {}, Ranks()):
+                    pass
+                assert work.is_dir() and beside.is_dir() and theirs.load("statistics") == {}
+
+    def test_what_a_killed_run_was_writing_is_removed(self, tmp_path: Path) -> None:
+        out = tmp_path / "c"
+        left = resume_folder(out) / ".c.abcdefgh.part"
+        left.mkdir(parents=True)
+        (left / "model.safetensors").write_text("x")
+        with Resume(out, {}, Ranks()) as resume:
+            assert {p.name for p in resume.folder.iterdir()} == {"lock", "settings"}
+
+    def test_a_name_that_no_file_can_have(self, tmp_path: Path) -> None:
+        with pytest.raises(StorageError, match="could not be written"), Resume(tmp_path / ("c" * 250), {}, Ranks()):
+            pass
+        assert list(tmp_path.iterdir()) == []
 
     def test_images_that_cannot_be_told_from_others_are_never_due(self, tmp_path: Path) -> None:
         with Resume(tmp_path / "c", None, Ranks(), every=0) as resume:

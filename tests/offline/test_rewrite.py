@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from support import CLASSES, LABELS, SECOND, VIT, VIT_ARGS, VIT_DATA, input_tens
 from torch import Tensor, nn
 
 import elude_runtime as elude
-from elude_runtime.errors import CheckpointError, EludeError, LayerError, ModelError, StorageError
+from elude_runtime.analysis.completeness import measure_completeness
+from elude_runtime.errors import CheckpointError, EludeError, ImagesError, LayerError, ModelError, StorageError
+from elude_runtime.offline import input_cache
 from elude_runtime.offline.images import ImageSource
 from elude_runtime.partition import REST_CONCEPT, REST_EDGE
 
@@ -156,6 +159,81 @@ class TestRepeatable:
         assert not any(m._forward_hooks or "forward" in m.__dict__ for m in base.modules())
 
 
+class TestImagesThatChange:
+    """Between the passes, for sets that are larger than what pass one keeps of them."""
+
+    @pytest.mark.parametrize("stage", ["chosen tokens", "attribution accuracy"])
+    @pytest.mark.parametrize("change", ["gone", "damaged", "swapped", "folder"])
+    def test_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, change: str) -> None:
+        monkeypatch.setattr(input_cache, "BUDGET", 0 if stage == "chosen tokens" else 2**30)
+        folder = write_pictures(tmp_path / "set", 12)
+        (folder / "000b.png").write_bytes(b"no picture")  # skipped by both passes
+        files = sorted(folder.iterdir())
+
+        def progress(at: str, done: int, total: int | None) -> None:
+            if at == ("chosen tokens" if stage == "chosen tokens" else f"concepts of {SECOND}") and folder.is_dir():
+                if change == "folder":
+                    folder.rename(tmp_path / "unmounted")
+                elif change == "gone":
+                    files[7].unlink(missing_ok=True)
+                else:
+                    files[7].write_bytes(b"" if change == "damaged" else files[3].read_bytes())
+
+        with pytest.raises(ImagesError, match="have to stay as they are") as caught:
+            elude.rewrite(tiny_vit(), folder, out=tmp_path / "c", batch_size=4, progress=progress, **SMALL)
+        assert str(folder / ("000.png" if change == "folder" else files[7].name)) in str(caught.value)
+        assert not (tmp_path / "c").exists()
+
+    @pytest.mark.parametrize("change", ["order", "fewer", "more"])
+    def test_a_loader_that_gives_others_the_second_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    ) -> None:
+        monkeypatch.setattr(input_cache, "BUDGET", 0)
+
+        batches = list(input_tensor(VIT_DATA, 12).split(4))
+        others = {"order": batches[::-1], "fewer": batches[:2], "more": batches * 2}[change]
+
+        class Loader:
+            """As DataLoader(shuffle=True)."""
+
+            second = False
+
+            def __iter__(self) -> Iterator[Tensor]:
+                return iter(others if self.second else batches)
+
+        loader = Loader()
+
+        def progress(stage: str, done: int, total: int | None) -> None:
+            loader.second |= stage == "chosen tokens"
+
+        said = "4 images did not come again" if change == "fewer" else "in their order"
+        with pytest.raises(ImagesError, match=said):
+            elude.rewrite(tiny_vit(), loader, out=tmp_path / "c", progress=progress, **SMALL)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestAttributionAccuracy:
+    @pytest.mark.parametrize("kind", ["files", "tensor", "list"])
+    def test_is_measured_on_images_from_everywhere(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        """In a set sorted by class the first sixteen are of one. Batches cannot be reached by place."""
+        folder = write_pictures(tmp_path / "set", 40)
+        (folder / "000.png").write_bytes(b"no picture")
+        every = torch.cat(list(ImageSource(folder, VIT_DATA).batches()))
+        given: dict[str, Any] = {"files": folder, "tensor": every, "list": list(every.split(10))}
+        taken: list[Tensor] = []
+
+        def measure(model: Any, images: Tensor, progress: Any) -> Any:
+            taken.append(images)
+            return measure_completeness(model, images, progress)
+
+        monkeypatch.setattr("elude_runtime.offline.rewrite.measure_completeness", measure)
+        elude.rewrite(tiny_vit(), given[kind], out=tmp_path / "c", batch_size=5, **SMALL)
+        places = list(range(16)) if kind == "list" else [i * 39 // 16 for i in range(16)]
+        assert torch.equal(taken[0], every[places])
+
+
 class TestRefusals:
     """What cannot be rewritten is refused in one sentence, and nothing is left behind."""
 
@@ -167,6 +245,7 @@ class TestRefusals:
             (EludeError, "images", {"images": torch.zeros(4, 3, 16, 16)}),
             (EludeError, "", {"images": "/nowhere/at/all"}),
             (ModelError, "built again is another network", {"model_args": {"depth": 2}}),
+            (ModelError, "cannot hold model_args", {"model_args": {**VIT_ARGS, "act_layer": nn.GELU}}),
             (EludeError, "concepts", {"concepts": 0}),
             (EludeError, "sub-units", {"subunits": 3}),
             (EludeError, "", {"seed": 2**70}),

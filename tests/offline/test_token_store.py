@@ -23,6 +23,8 @@ def test_tokens_are_read_back_by_id(
     ids = torch.randint(0, 30, (4, 3), generator=g)
     path = tmp_path_factory.mktemp("tokens") / "a"
     writers = [TokenStore(path, ids.flatten(), (groups, 2, 3)) for _ in range(2)]  # as two processes have them
+    for store in writers:
+        store.allocate()
     for number, first in enumerate(range(0, 6, batch)):
         places = torch.arange(first, min(first + batch, 6))
         writers[number % 2].add(places, reads[places])
@@ -44,6 +46,20 @@ def test_the_images_that_hold_chosen_tokens(tmp_path: Path) -> None:
 
 
 def test_the_file_takes_its_place_at_once(tmp_path: Path) -> None:
-    store = TokenStore(tmp_path / "a", torch.arange(1000), (2, 8, 1))
-    assert os.stat(tmp_path / "a").st_size == 1000 * 16 * 4
+    """Also on the disk, so that it cannot run full later; only then it counts as whole, and what is in it stays."""
+    path, shape = tmp_path / "a", (2, 8, 1)
+    for whole in (False, True):
+        store = TokenStore(path, torch.arange(1000), shape)
+        assert store.whole == whole
+        store.allocate()
+        facts = os.stat(path)
+        assert facts.st_size == 1000 * 16 * 4
+        assert facts.st_blocks * 512 >= facts.st_size or not hasattr(os, "posix_fallocate")
+        if not whole:
+            store.add(torch.arange(10), torch.arange(16000.0).reshape(10, 100, *shape))
+        assert store.read(torch.tensor([999])).flatten().tolist() == list(range(15984, 16000))
+        store.close()
+    os.truncate(path, 5000)
+    store = TokenStore(path, torch.arange(1000), shape)
+    assert not store.whole
     store.close()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elude_runtime.partition import REST_EDGE, SplitConfig
+from elude_runtime.partition.kmeans import _seed
 from elude_runtime.partition.sign_split import (
     CHUNK_FLOATS,
     assign_edges,
@@ -15,6 +19,7 @@ from elude_runtime.partition.sign_split import (
     end_clusters,
     neuron_chunks,
     sign_split,
+    split_neurons,
 )
 
 
@@ -158,3 +163,19 @@ def test_chunks_hold_every_neuron_once() -> None:
 def test_impossible_parameters_are_refused(changes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be"):
         SplitConfig(**changes)
+
+
+def test_ids_on_the_cpu_and_weights_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: tensors without data tell which operations would mix devices. k-means' loop asks for values; its seeds
+    do not."""
+    module = sys.modules[split_neurons.__module__]
+    monkeypatch.setattr(module, "kmeans", lambda points, count, draws: (None, _seed(points, count, draws)))
+
+    def read(neurons: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        assert neurons.device.type == ids.device.type == "cpu"
+        return torch.empty(*ids.shape, 8, 3, device="cuda")
+
+    with FakeTensorMode():
+        weight, ends = torch.empty(12, 8, 3, device="cuda"), torch.zeros(12, 10, dtype=torch.int64)
+        edges = split_neurons(weight, read, ends, ends, SplitConfig(4, 10), range(2, 7))
+        assert edges.device.type == "cuda" and edges.shape == (5, 8) and edges.dtype == torch.uint8
