@@ -6,17 +6,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elude_runtime.analysis.edits import Condition, DenseVector, Edit, Scope, Steering
     from elude_runtime.analysis.model import EludeModel, load
-    from elude_runtime.analysis.steering import Edit
     from elude_runtime.offline.rewrite import rewrite
 
 __version__ = "0.1.0"
-__all__ = ["Edit", "EludeModel", "__version__", "load", "rewrite"]
+__all__ = [
+    "Condition",
+    "DenseVector",
+    "Edit",
+    "EludeModel",
+    "Scope",
+    "Steering",
+    "__version__",
+    "load",
+    "rewrite",
+]
 
 # Imported on first use, so that `import elude_runtime` loads neither torch nor timm.
 _HOME = {
-    "Edit": "elude_runtime.analysis.steering",
+    "Condition": "elude_runtime.analysis.edits",
+    "DenseVector": "elude_runtime.analysis.edits",
+    "Edit": "elude_runtime.analysis.edits",
     "EludeModel": "elude_runtime.analysis.model",
+    "Scope": "elude_runtime.analysis.edits",
+    "Steering": "elude_runtime.analysis.edits",
     "load": "elude_runtime.analysis.model",
     "rewrite": "elude_runtime.offline.rewrite",
 }

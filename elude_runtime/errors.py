@@ -7,7 +7,10 @@ from collections.abc import Iterable
 
 
 class EludeError(Exception):
-    """Base of everything a user can put right; the command line prints it as one sentence and exits with 2."""
+    """Base of everything a user can put right; the command line prints it as one sentence and exits with 2. where: the
+    place in a structured input that it is about, outermost first, where there is one."""
+
+    where: tuple[str | int, ...] = ()
 
 
 class ModelError(EludeError):
@@ -23,7 +26,9 @@ class LayerError(EludeError):
 
 
 class FeatureError(EludeError):
-    """A feature name that does not exist in the checkpoint."""
+    """A feature name that does not exist in the checkpoint. name: what was asked for."""
+
+    name: str = ""
 
 
 class ImagesError(EludeError):

@@ -18,8 +18,8 @@ from family_list import FAMILIES, Family, build
 from support import forward_with, random_partition
 from torch import Tensor, nn
 
+from elude_runtime.analysis.edits import Edit
 from elude_runtime.analysis.model import EludeModel
-from elude_runtime.analysis.steering import Edit
 from elude_runtime.checkpoint.manifest import (
     AttributionEntry,
     Calibration,

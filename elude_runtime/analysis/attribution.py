@@ -1,8 +1,8 @@
-"""Attribution: how one layer's features share out target(x) - target(y := c), for one image of a recorded pass."""
+"""Attribution: what an explanation is asked by and says, and which features of a layer it lists."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,17 +13,16 @@ from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.analysis.targets import Target
 from elude_runtime.errors import EludeError
-from elude_runtime.network.tail import Recording, TailRunner
 
 GRADIENT, INTEGRATED, ABLATION, AUTO = "gradient", "integrated_gradients", "ablation", "auto"
 METHODS = (AUTO, GRADIENT, INTEGRATED, ABLATION)
-_TAIL_ROWS = 16  # copies of one image in a tail batch
 
 
 @dataclass(frozen=True)
 class ExplainOptions:
     """method: one of `METHODS`; steps: integration nodes; level: "concepts" or "subunits"; sign: which attributions
-    are listed ("both" by absolute value); heatmaps: activation of each listed feature on the token grid."""
+    are listed ("both" by absolute value); heatmaps: activation of each listed feature on the token grid; pixels: what
+    of the input image each listed feature's peak activation rests on."""
 
     method: str = AUTO
     steps: int = 4
@@ -31,6 +30,7 @@ class ExplainOptions:
     top_features: int = 10
     sign: str = "both"
     heatmaps: bool = False
+    pixels: bool = False
 
     def __post_init__(self) -> None:
         for value, known, what in (
@@ -45,9 +45,27 @@ class ExplainOptions:
 
 
 @dataclass(frozen=True)
+class ExplainRequest:
+    """What is asked about image `row` of a recorded pass.
+
+    change: for a pass that was steered, what the edits added to each edited layer's output for this image, [T, d] a
+    layer. The explanation holds it fixed: the features share out what the layers' own weights give, and the edits of
+    later layers stay in place in every tail.
+    """
+
+    row: int
+    targets: Sequence[Target]
+    layers: Sequence[str]
+    options: ExplainOptions = ExplainOptions()
+    change: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class FeatureAttribution:
     """activation: at the token where it is largest in absolute value (index `token`); effect: target with the feature
-    ablated minus without (null edit in the same tail batch); heatmap [rows, columns]: activations, where asked for."""
+    ablated minus without (null edit in the same tail batch); where asked for, heatmap [rows, columns]: activations,
+    and pixels [rows, columns]: gradient of `activation` with respect to the image times the image, 0 the mean colour,
+    summed over the channels and pixels of each patch."""
 
     feature: Feature
     activation: float
@@ -56,197 +74,89 @@ class FeatureAttribution:
     effect: float | None = None
     ablation_error: float | None = None
     heatmap: np.ndarray | None = None
+    pixels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """completeness_error: sum of ALL attributions of the layer (listed or not) minus (value - baseline); None for
-    ablation, which measures the listed features only."""
+    """completeness_error: sum of ALL attributions of the layer (listed or not, an edit's with them) minus
+    (value - baseline); None for ablation, which measures the listed features only. edit_attribution: of what an edit
+    added to the layer's output, by the same method; None where the layer was not edited."""
 
     layer: str
     method: str
     baseline: float
     completeness_error: float | None
     features: list[FeatureAttribution] = field(default_factory=list)
+    edit_attribution: float | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
+    """value: the target read off the recorded pass; layers: in network order."""
+
     target: Target
     value: float
     layers: list[LayerExplanation]
 
 
-def explain_row(
-    runner: TailRunner,
-    recording: Recording,
-    row: int,
-    state: SplitState,
-    targets: list[Target],
-    options: ExplainOptions,
-) -> list[LayerExplanation]:
-    """One layer's explanation of each target for image `row` of a recorded pass."""
-    baseline_output = state.baseline()
-    x = recording.x[state.name][row : row + 1].detach().clone()
-    y = recording.y[state.name][row : row + 1].detach().clone()
-    c = state.linear.untokens(baseline_output[None].to(y.dtype), y)
-    rows = torch.tensor([row], device=y.device)
-    with torch.no_grad():
-        baseline_logits = runner.run(recording, state.name, c, rows)
-    method = state.entry.attribution.auto if options.method == AUTO else options.method
-    steps = options.steps if method == INTEGRATED else None
-    explained = []
-    for target, gradient in zip(targets, gradients(runner, recording, row, state, y, c, targets, steps), strict=True):
-        baseline = float(target.value(baseline_logits))
-        value = float(target.value(recording.logits[row : row + 1]))
-        with torch.no_grad():
-            subunits = state.attributions(x, gradient)
-        total = math.fsum(float(subunits[t].sum(dtype=torch.float64)) for t in range(len(subunits)))
-        top = _top(state, subunits, options)
-        listed = _describe(state, x, top, options)
-        error: float | None = total - (value - baseline)
-        if method == ABLATION:
-            listed = _ablated(runner, recording, row, state, x, y, target, listed, options.sign)
-            error = None
-        explained.append(LayerExplanation(state.name, method, baseline, error, listed))
-    return explained
-
-
-@torch.inference_mode(False)
-def gradients(
-    runner: TailRunner,
-    recording: Recording,
-    row: int,
-    state: SplitState,
-    y: Tensor,
-    c: Tensor,
-    targets: list[Target],
-    steps: int | None,
-) -> list[Tensor]:
-    """d target / d y of each target, float32 [1, T, d]: at y itself, or averaged along c + a (y - c).
-
-    The path integral (integrated gradients, Sundararajan et al. 2017, section 3) uses `steps` Gauss-Legendre nodes in
-    one tail batch. One forward tail serves all targets.
-    """
-    if steps is None:
-        path, weights = y.clone(), torch.ones(1, device=y.device)
-    else:
-        nodes = torch.tensor(path_nodes(steps), device=y.device)
-        a, weights = nodes[:, 0].to(y.dtype), nodes[:, 1].float()
-        path = c + a.view(-1, *[1] * (y.dim() - 1)) * (y - c)
-    found = [torch.zeros_like(state.linear.tokens(y), dtype=torch.float32) for _ in targets]
-    for part, part_weights in zip(path.split(_TAIL_ROWS), weights.split(_TAIL_ROWS), strict=True):
-        with torch.enable_grad():
-            leaf = part.detach().requires_grad_()
-            logits = runner.run(recording, state.name, leaf, torch.full((len(leaf),), row, device=y.device))
-            for position, target in enumerate(targets):
-                last = position == len(targets) - 1
-                (gradient,) = torch.autograd.grad(target.value(logits).sum(), leaf, retain_graph=not last)
-                tokens = state.linear.tokens(gradient).float()
-                found[position] += (tokens * part_weights[:, None, None]).sum(0, keepdim=True)
-    return found
-
-
 def path_nodes(steps: int | None) -> list[tuple[float, float]]:
-    """(a, weight) of the points c + a (y - c) whose gradients are averaged: Gauss-Legendre on (0, 1), or y itself."""
+    """(a, weight) of the points c + a (y - c) whose gradients are averaged: Gauss-Legendre on (0, 1), or y itself.
+
+    The path integral: integrated gradients, Sundararajan et al. 2017, section 3.
+    """
     if steps is None:
         return [(1.0, 1.0)]
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     return [((a + 1) / 2, w / 2) for a, w in zip(nodes.tolist(), weights.tolist(), strict=True)]
 
 
-def _top(state: SplitState, subunits: list[Tensor], options: ExplainOptions) -> list[tuple[Feature, float]]:
-    """The listed features with their attributions, largest first."""
-    values, locate = [], []
-    for token_type in state.live_types:
-        per_type = subunits[token_type]
-        flat = state.by_concept(per_type, token_type) if options.level == "concepts" else per_type.flatten()
-        values.append(flat)
-        locate += [token_type] * len(flat)
+def top_features(
+    state: SplitState, subunits: Mapping[int, Tensor], options: ExplainOptions
+) -> list[tuple[Feature, float]]:
+    """The features to list with their attributions, largest first. subunits: [d, M + 1] by live token type."""
+    concepts = options.level == "concepts"
+    values = [state.by_concept(v, t) if concepts else v.flatten() for t, v in subunits.items()]
     flat = torch.cat(values)
     key = {"both": flat.abs(), "positive": flat, "negative": -flat}[options.sign]
-    keep = min(options.top_features, len(flat))
-    order = torch.argsort(key, descending=True, stable=True)[:keep].tolist()
-    wanted = [i for i in order if float(key[i]) > 0]
-    first = {t: locate.index(t) for t in state.live_types}
-    width = state.partition.subunits + 1
+    best, order = key.topk(min(options.top_features, len(flat)))
     chosen = []
-    for i in wanted:
-        token_type, local = locate[i], i - first[locate[i]]
-        if options.level == "concepts":
-            index = None if local == state.partition.concepts(token_type) else local
-            feature = Feature(state.name, token_type, index)
-        else:
-            neuron, slot = divmod(local, width)
-            feature = Feature(state.name, token_type, None if slot == width - 1 else slot, neuron)
-        chosen.append((feature, float(flat[i])))
+    for index, attribution, size in zip(order.tolist(), flat[order].tolist(), best.tolist(), strict=True):
+        if not size > 0:
+            continue
+        for token_type, of_type in zip(subunits, values, strict=True):
+            if index < len(of_type):
+                chosen.append((_feature(state, token_type, index, concepts=concepts), attribution))
+                break
+            index -= len(of_type)
     return chosen
 
 
-def _describe(
-    state: SplitState, x: Tensor, top: list[tuple[Feature, float]], options: ExplainOptions
+def _feature(state: SplitState, token_type: int, index: int, *, concepts: bool) -> Feature:
+    """The feature at a place of the axis K + 1, or of d * (M + 1)."""
+    if concepts:
+        return Feature(state.name, token_type, None if index == state.indices(token_type).concepts else index)
+    rest = state.partition.subunits
+    neuron, slot = divmod(index, rest + 1)
+    return Feature(state.name, token_type, None if slot == rest else slot, neuron)
+
+
+def describe(
+    state: SplitState, x: Tensor, top: list[tuple[Feature, float]], *, heatmaps: bool = False
 ) -> list[FeatureAttribution]:
-    """Activation, token and heatmap of the listed features."""
-    out = []
-    concepts: dict[int, Tensor] = {}  # one product gives all concepts of a token type
-    for feature, attribution in top:
-        with torch.no_grad():
-            if feature.neuron is not None:
-                activation = state.activations(x, feature)[0]
-            else:
-                if feature.token_type not in concepts:
-                    concepts[feature.token_type] = state.concept_activations(x, feature.token_type)[0]
-                activation = concepts[feature.token_type][:, state.slot(feature)]
-        local = int(activation.abs().argmax())
-        heatmap = None
-        if options.heatmaps and feature.token_type == 0 and state.layout.grid is not None:
-            heatmap = activation.reshape(state.layout.grid).cpu().numpy()
-        token = local + state.layout.slices[feature.token_type].start
-        out.append(FeatureAttribution(feature, float(activation[local]), token, attribution, heatmap=heatmap))
-    return out
-
-
-def ablation_effects(
-    runner: TailRunner,
-    recording: Recording,
-    row: int,
-    state: SplitState,
-    x: Tensor,
-    y: Tensor,
-    target: Target,
-    features: list[Feature],
-) -> list[float]:
-    """target with the feature at its calibration mean minus target without an edit, both in the same tail batch."""
-    effects: list[float] = []
-    for start in range(0, len(features), _TAIL_ROWS):
-        part = features[start : start + _TAIL_ROWS]
-        with torch.no_grad():
-            writes = torch.cat([torch.zeros_like(state.linear.tokens(y)), *(state.write(x, f) for f in part)])
-            edited = state.changed(y.expand(len(writes), *y.shape[1:]), -writes)
-            rows = torch.full((len(edited),), row, device=y.device)
-            values = target.value(runner.run(recording, state.name, edited, rows))
-        effects += (values[1:] - values[0]).tolist()
-    return effects
-
-
-def _ablated(
-    runner: TailRunner,
-    recording: Recording,
-    row: int,
-    state: SplitState,
-    x: Tensor,
-    y: Tensor,
-    target: Target,
-    listed: list[FeatureAttribution],
-    sign: str,
-) -> list[FeatureAttribution]:
-    """The listed features (chosen by gradient) with their true effect as attribution; those whose effect turns out to
-    have the other sign than asked for are left out."""
-    effects = ablation_effects(runner, recording, row, state, x, y, target, [f.feature for f in listed])
-    measured = [
-        FeatureAttribution(f.feature, f.activation, f.token, -effect, effect, 0.0, f.heatmap)
-        for f, effect in zip(listed, effects, strict=True)
-    ]
-    wanted = {"both": (-1, 0, 1), "positive": (1,), "negative": (-1,)}[sign]
-    kept = [f for f in measured if (f.attribution > 0) - (f.attribution < 0) in wanted]
-    return sorted(kept, key=lambda f: -abs(f.attribution))
+    """The listed features of one image, x [1, ...] in the layer's layout, with activation, token and heatmap."""
+    found: dict[Feature, FeatureAttribution] = {}
+    for token_type in state.live_types:
+        own = [(f, attribution) for f, attribution in top if f.token_type == token_type]
+        if not own:
+            continue
+        activations = state.feature_activations(x, [f for f, _ in own])[0]  # [T_p, F]
+        tokens = activations.abs().argmax(0)
+        peaks = activations.gather(0, tokens[None])[0].tolist()
+        first = state.layout.slices[token_type].start
+        maps: Sequence[np.ndarray | None] = [None] * len(own)
+        if heatmaps and token_type == 0 and state.layout.grid is not None:
+            maps = list(activations.T.unflatten(1, state.layout.grid).cpu().numpy())
+        for (feature, attribution), peak, token, heatmap in zip(own, peaks, tokens.tolist(), maps, strict=True):
+            found[feature] = FeatureAttribution(feature, peak, token + first, attribution, heatmap=heatmap)
+    return [found[f] for f, _ in top]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property, wraps
 from pathlib import Path
 from threading import RLock
@@ -12,11 +13,14 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from elude_runtime.analysis.attribution import ExplainOptions, Explanation, LayerExplanation, explain_row
+from elude_runtime.analysis.attribution import ExplainOptions, ExplainRequest, Explanation
+from elude_runtime.analysis.edits import DenseVector, Edit, Steering
+from elude_runtime.analysis.explain_batch import explain_batch
 from elude_runtime.analysis.features import Feature, parse_feature
 from elude_runtime.analysis.split_state import SplitState
-from elude_runtime.analysis.steering import Edit, Steered, steer_rows
+from elude_runtime.analysis.steering import Steered, plan_steering, steer_batch
 from elude_runtime.analysis.targets import Target, chosen_targets
+from elude_runtime.checkpoint.catalogue import FeatureCatalogue, read_catalogue
 from elude_runtime.checkpoint.manifest import Manifest, ModelSource
 from elude_runtime.checkpoint.storage import read_checkpoint
 from elude_runtime.errors import CheckpointError, LayerError, did_you_mean
@@ -52,7 +56,7 @@ def _one_at_a_time(method: Callable[Concatenate[EludeModel, P], R]) -> Callable[
 
     @wraps(method)
     def call(self: EludeModel, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
+        with self.lock:
             return method(self, *args, **kwargs)
 
     return call
@@ -74,7 +78,9 @@ class EludeModel(nn.Module):
         self._states = nn.ModuleList(
             SplitState(entry, modules[entry.name], partitions[entry.name]) for entry in manifest.layers
         )
-        self._lock = _Lock()
+        self.lock = _Lock()  # held while modules are patched or watched; tasks outside this class take it too
+        self.directory: Path | None = None  # of the checkpoint, where it was loaded from one
+        self._catalogue: FeatureCatalogue | None = None
         self.eval()
         for module in checkpointed(base):
             module.grad_checkpointing = False
@@ -83,7 +89,7 @@ class EludeModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x)
 
-    @property
+    @cached_property
     def states(self) -> dict[str, SplitState]:
         """The split layers by name, in network order."""
         return {s.name: s for s in self._states}  # type: ignore[misc]
@@ -95,7 +101,7 @@ class EludeModel(nn.Module):
     @cached_property
     def tails(self) -> TailRunner:
         """The tails of all split layers, planned on first use; sub-units and concepts do without."""
-        with self._lock:
+        with self.lock:
             return TailRunner(self.base, self.layers, self.data_config.input_size)
 
     def state(self, layer: str) -> SplitState:
@@ -157,38 +163,49 @@ class EludeModel(nn.Module):
         steps: int = 4,
         sign: str = "both",
         heatmaps: bool = False,
+        pixels: bool = False,
     ) -> list[list[Explanation]]:
-        """For every image, one explanation a target (default: each image's top class)."""
-        options = ExplainOptions(method, steps, level, top_features, sign, heatmaps)
+        """For every image, one explanation a target (default: each image's top class), layers in network order."""
+        options = ExplainOptions(method, steps, level, top_features, sign, heatmaps, pixels)
         names = self.layers if layers is None else [self.state(name).name for name in layers]
         recording = self.record(x, names)
         embedding = self.manifest.output == "embedding"
-        found = []
-        for row in range(len(x)):
-            chosen = chosen_targets(targets, recording.logits[row], embedding=embedding)
-            found.append(self.explain_row(recording, row, chosen, names, options))
-        return found
+        chosen = [chosen_targets(targets, output, embedding=embedding) for output in recording.logits]
+        requests = [ExplainRequest(row, own, names, options) for row, own in enumerate(chosen)]
+        return explain_batch(self, recording, requests)
 
     @_one_at_a_time
     def explain_row(
         self, recording: Recording, row: int, targets: list[Target], layers: list[str], options: ExplainOptions
     ) -> list[Explanation]:
         """Explanations of one image of a recorded pass, one a target."""
-        values = [float(t.value(recording.logits[row : row + 1])) for t in targets]
-        per_target: list[list[LayerExplanation]] = [[] for _ in targets]
-        for layer in layers:
-            explained = explain_row(self.tails, recording, row, self.states[layer], targets, options)
-            for slot, explanation in zip(per_target, explained, strict=True):
-                slot.append(explanation)
-        return [Explanation(t, v, e) for t, v, e in zip(targets, values, per_target, strict=True)]
+        return explain_batch(self, recording, [ExplainRequest(row, targets, layers, options)])[0]
 
     @_one_at_a_time
-    def steer(self, x: Tensor, edits: Sequence[Edit]) -> Steered:
-        """The same edits on every image: default and steered outputs side by side."""
-        pairs = [(self.feature(e.feature), e) for e in edits]
-        touched = [name for name in self.layers if any(f.layer == name for f, _ in pairs)]
-        recording = self.record(x, touched)
-        return steer_rows(self.tails, recording, list(range(len(x))), self.states, pairs)
+    def steer(
+        self,
+        x: Tensor,
+        edits: Sequence[Edit] = (),
+        *,
+        vectors: Sequence[DenseVector] = (),
+        strength_multiplier: float = 1.0,
+        conflict: str = "error",
+    ) -> Steered:
+        """The same edits and vectors on every image: default and steered outputs side by side. See `Steering` for the
+        rest. FeatureError, LayerError or EditError for what cannot be done."""
+        plan = plan_steering(self, Steering(tuple(edits), tuple(vectors), strength_multiplier, conflict))
+        recording = self.record(x, plan.layers)
+        rows = steer_batch(self, recording, range(len(x)), [plan] * len(x))
+        return Steered.of(rows, recording.logits)
+
+    def concept_std(self, feature: Feature) -> float | None:
+        """The calibration standard deviation of a concept's activation, from the checkpoint's feature catalogue; None
+        where that is not there."""
+        if self._catalogue is None and self.directory is not None:
+            with suppress(CheckpointError):  # a missing or unreadable catalogue stops nobody who does not need it
+                self._catalogue = read_catalogue(self.directory)
+        facts = self._catalogue.facts(feature.name) if self._catalogue is not None else None
+        return None if facts is None else facts.std
 
     @_one_at_a_time
     def explicit(self) -> nn.Module:
@@ -245,4 +262,6 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu", *, trust_fa
         module = modules.get(entry.name)
         if module is None or tuple(module.weight.shape[:2]) != (entry.neurons, entry.inputs):
             raise CheckpointError(f"{directory} splits {entry.name}, which its model does not have in that shape.")
-    return EludeModel(base, manifest, partitions).to(device)
+    model = EludeModel(base, manifest, partitions).to(device)
+    model.directory = directory
+    return model

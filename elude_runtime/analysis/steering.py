@@ -1,148 +1,238 @@
-"""Steering: edits of features, as the difference they make to the layer's output, computed in float32 and cast once."""
+"""Steering: images of a recorded pass answered again with edits in place, beside the unchanged answer."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from elude_runtime.analysis.features import Feature
+from elude_runtime.analysis.layer_change import LayerChange, layer_change
 from elude_runtime.analysis.split_state import SplitState
-from elude_runtime.errors import EludeError
-from elude_runtime.network.tail import Recording, TailRunner
+from elude_runtime.analysis.steering_plan import PlannedCondition, SteeringPlan, plan_steering
+from elude_runtime.network.tail import Change, Recording
 
-MODES = ("scale", "ablate")
+if TYPE_CHECKING:
+    from elude_runtime.analysis.model import EludeModel
 
+__all__ = ["Steered", "SteeredRow", "SteeringPlan", "plan_steering", "record_steered", "steer_batch"]
 
-class EditError(EludeError):
-    """An edit that cannot be carried out, or two that contradict each other."""
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A change of one feature on all tokens of its type: `scale` t -> value * t, `ablate` t -> 0 (calibration mean).
-
-    On a concept it acts on every member. feature: its name, `LAYER/P17` or `LAYER/NEURON/p3`.
-    """
-
-    feature: str
-    mode: str = "ablate"
-    value: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise EditError(f"There is no edit mode {self.mode!r}; use one of {', '.join(MODES)}.")
-        if self.mode == "scale" and self.value is None:
-            raise EditError("An edit with mode 'scale' needs a value: 0 removes the feature, 1 leaves it.")
-        if self.value is not None and not math.isfinite(self.value):
-            raise EditError(f"The value of an edit must be a finite number, not {self.value}.")
-        if self.mode == "ablate" and self.value is not None:
-            raise EditError("An edit with mode 'ablate' takes no value; use mode 'scale' for one.")
-
-    @property
-    def factor(self) -> float:
-        """v of t -> v * t."""
-        return 0.0 if self.value is None else float(self.value)
+_TAIL_ROWS = 16  # of a tail pass, unless it is the recorded pass with all its rows
 
 
-@dataclass(frozen=True)
-class Steered:
-    """default [R, K]: the unchanged model's output; steered [R, K]: with the edits; change [R, K]: their difference,
-    measured against a null edit in a tail of the same shape; relative_norm: per layer, norm of the change of its
-    output over the norm of that output, over the edited tokens, for each row."""
+@dataclass(frozen=True, eq=False)
+class SteeredRow:
+    """default [K]: the unchanged model's output; steered [K]: with the edits; change [K]: their difference, measured
+    against a null edit in the same tail batch. relative_norm: of each edited layer, norm of the realised change of its
+    output over the norm of that output, over the edited tokens. applied: of every edit, then every vector (steering by
+    steering, where there are several), whether it acted: its condition held, at some token in scope on its side."""
 
     default: Tensor
     steered: Tensor
     change: Tensor
-    relative_norm: dict[str, list[float]] = field(default_factory=dict)
+    relative_norm: dict[str, float]
+    applied: tuple[bool, ...]
 
 
-def steer_rows(
-    runner: TailRunner,
-    recording: Recording,
-    rows: list[int],
-    states: dict[str, SplitState],
-    edits: list[tuple[Feature, Edit]],
-) -> Steered:
-    """Apply edits to the chosen images of a recorded pass. states: by layer, in network order.
+@dataclass(frozen=True, eq=False)
+class Steered:
+    """The same of several images: default, steered, change [R, K]; relative_norm: of each edited layer, a number for
+    every image; applied: of every image, for every edit and then every vector."""
 
-    A row that no edit changes is the unedited row itself, bit for bit. EditError when two edits overlap.
+    default: Tensor
+    steered: Tensor
+    change: Tensor
+    relative_norm: dict[str, list[float]]
+    applied: list[tuple[bool, ...]]
+
+    @classmethod
+    def of(cls, rows: Sequence[SteeredRow], default: Tensor) -> Steered:
+        layers = rows[0].relative_norm if rows else ()
+        return cls(
+            default,
+            torch.stack([row.steered for row in rows]) if rows else default.clone(),
+            torch.stack([row.change for row in rows]) if rows else torch.zeros_like(default),
+            {layer: [row.relative_norm[layer] for row in rows] for layer in layers},
+            [row.applied for row in rows],
+        )
+
+
+@dataclass(eq=False)
+class _Job:
+    """One image and its plan. wanted: numbers of the edits and vectors whose conditions hold; found: what became of the
+    edited layers so far; start: the first of them that changes."""
+
+    row: int
+    plan: SteeringPlan
+    wanted: frozenset[int]
+    found: dict[str, LayerChange] = field(default_factory=dict)
+    start: str | None = None
+    steered: Tensor | None = None
+    null: Tensor | None = None
+
+    def change(self, state: SplitState, x: Tensor, y: Tensor) -> LayerChange:
+        self.found[state.name] = layer_change(state, x, y, self.plan, self.wanted)
+        return self.found[state.name]
+
+    def result(self, default: Tensor) -> SteeredRow:
+        steered, change = default, torch.zeros_like(default)
+        if self.steered is not None and self.null is not None:
+            steered, change = self.steered, self.steered - self.null
+        acted = frozenset().union(*(change.acted for change in self.found.values()))
+        return SteeredRow(
+            default,
+            steered,
+            change,
+            {layer: self.found[layer].relative_norm for layer in self.plan.edited},
+            tuple(part.number in acted for part in self.plan.parts),
+        )
+
+
+@torch.no_grad()
+def steer_batch(
+    model: EludeModel, recording: Recording, rows: Sequence[int], plans: Sequence[SteeringPlan]
+) -> list[SteeredRow]:
+    """Images `rows` of a recorded pass, each with its own plan; an image may come several times.
+
+    recording: of at least the plans' `layers`. Conditions look at the recorded pass; a layer further on edits the
+    already steered activations. An image that no edit changes gets the unedited row itself, bit for bit, and no tail;
+    those of which the first layer to change is the same share tail passes.
     """
-    check_overlaps(edits, states)
-    by_layer = {name: [e for e in edits if e[0].layer == name] for name in states}
-    order = [name for name in states if by_layer[name]]
-    default = recording.logits[rows]
-    if not order:
-        return Steered(default, default.clone(), torch.zeros_like(default))
-    norms: dict[str, list[float]] = {}
-    first = states[order[0]]
-    index = torch.tensor(rows, device=default.device)
-    # A null edit shares the tail batch, so that both sides have the same floating-point shape. Where the tail has the
-    # recorded pass's own shape, that pass already is the null edit.
-    whole = rows == list(range(len(recording.images)))
-    with torch.no_grad():
-        x = recording.x[first.name].index_select(0, index)
-        y = recording.y[first.name].index_select(0, index)
-        edited = _edited(first, x, y, by_layer[first.name], norms)
-        tail_rows = index if whole else torch.cat([index, index])
-        later = {n: _later(states[n], by_layer[n], norms, 0 if whole else len(rows)) for n in order[1:]}
-        out = runner.run(recording, first.name, edited if whole else torch.cat([y, edited]), tail_rows, later)
-    null = default if whole else out[: len(rows)]
-    steered = out if whole else out[len(rows) :]
-    still = torch.tensor([all(n[i] == 0 for n in norms.values()) for i in range(len(rows))], device=out.device)
-    change = torch.where(still[:, None], torch.zeros_like(steered), steered - null)
-    return Steered(default, torch.where(still[:, None], default, steered), change, norms)
+    with model.lock:
+        jobs = [_begun(model.states, recording, row, plan) for row, plan in zip(rows, plans, strict=True)]
+        for layer in model.layers:
+            for batch in _batches([job for job in jobs if job.start == layer], len(recording.images)):
+                _run(model, recording, layer, batch)
+    return [job.result(recording.logits[job.row]) for job in jobs]
 
 
-def check_overlaps(edits: list[tuple[Feature, Edit]], states: dict[str, SplitState]) -> None:
-    """EditError when two edits act on one sub-unit: the same feature twice, or a concept and one of its members."""
-    concepts: dict[tuple[str, int, int], str] = {}
-    subunits: dict[tuple[str, int, int, int], str] = {}
-    for feature, _ in edits:
-        state = states[feature.layer]
-        slot, key = state.slot(feature), (feature.layer, feature.token_type)
-        if feature.neuron is None:
-            clash = concepts.get((*key, slot))
-            concepts[(*key, slot)] = feature.name
-        else:
-            clash = subunits.get((*key, feature.neuron, slot))
-            subunits[(*key, feature.neuron, slot)] = feature.name
-        if clash:
-            raise EditError(f"Two edits change {feature.name}; keep one of them.")
-    for (layer, token_type, neuron, slot), name in subunits.items():
-        concept = int(states[layer].partition.concept_slots(token_type)[neuron, slot])
-        if (layer, token_type, concept) in concepts:
-            raise EditError(
-                f"{name} belongs to {concepts[(layer, token_type, concept)]}, and both are edited; keep one of them."
-            )
+@torch.no_grad()
+def record_steered(
+    model: EludeModel,
+    recording: Recording,
+    rows: Sequence[int],
+    plans: Sequence[SteeringPlan],
+    layers: Sequence[str],
+) -> tuple[Recording, dict[str, Tensor]]:
+    """A full pass over images of a recorded pass with the edits in place, recorded for tails of `layers`; and of every
+    layer that a plan edits what was added to its output, float32 [R, T, d].
+
+    x of a layer is what it saw, y what it passed on, with the edits. Tails run later layers unedited, unless told to
+    add what was added here.
+    """
+    states = model.states
+    jobs = [_conditioned(states, recording, row, plan) for row, plan in zip(rows, plans, strict=True)]
+    edited = [layer for layer in model.layers if any(layer in job.plan.edited for job in jobs)]
+    added: dict[str, Tensor] = {}
+
+    def adding(state: SplitState) -> Change:
+        def change(x: Tensor, y: Tensor) -> Tensor:
+            added[state.name] = torch.zeros(len(jobs), state.layout.total, state.linear.neurons, device=y.device)
+            for position, made in _changes(state, x, y, jobs):
+                added[state.name][position] = made.change
+            return state.changed(y, added[state.name])
+
+        return change
+
+    with model.lock:
+        images = recording.images[list(rows)]
+        found = model.tails.record(images, list(layers), {layer: adding(states[layer]) for layer in edited})
+    return found, added
 
 
-def _edited(
-    state: SplitState, x: Tensor, y: Tensor, edits: list[tuple[Feature, Edit]], norms: dict[str, list[float]]
-) -> Tensor:
-    """The layer's output with the edits' difference added."""
-    change = torch.zeros(x.shape[0], state.layout.total, state.linear.neurons, device=x.device)
-    touched = torch.zeros(state.layout.total, dtype=torch.bool, device=x.device)
-    for feature, edit in edits:
-        if edit.factor != 1.0:
-            change += (edit.factor - 1.0) * state.write(x, feature)
-            touched[state.layout.slices[feature.token_type]] = True
-    before = state.linear.tokens(y).float()
-    scale = before[:, touched].flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-    norms[state.name] = (change.flatten(1).norm(dim=1) / scale).tolist() if bool(touched.any()) else [0.0] * len(x)
-    return state.changed(y, change)
+def _conditioned(states: Mapping[str, SplitState], recording: Recording, row: int, plan: SteeringPlan) -> _Job:
+    """A job with the conditions looked at."""
+    wanted = frozenset(p.number for p in plan.parts if p.when is None or _holds(p.when, states, recording, row))
+    return _Job(row, plan, wanted)
 
 
-def _later(
-    state: SplitState, edits: list[tuple[Feature, Edit]], norms: dict[str, list[float]], null_rows: int
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The edits of a layer further on, applied to the already steered activations; the null rows stay as they are."""
+def _holds(when: PlannedCondition, states: Mapping[str, SplitState], recording: Recording, row: int) -> bool:
+    x = recording.x[when.feature.layer][row : row + 1]
+    activation = states[when.feature.layer].activations(x, when.feature)[0]
+    return when.condition.holds(float(activation[activation.abs().argmax()]))
+
+
+def _begun(states: Mapping[str, SplitState], recording: Recording, row: int, plan: SteeringPlan) -> _Job:
+    """A job up to the first layer that changes."""
+    job = _conditioned(states, recording, row, plan)
+    for layer in plan.edited:
+        x, y = recording.x[layer][row : row + 1], recording.y[layer][row : row + 1]
+        if job.change(states[layer], x, y).relative_norm != 0:
+            job.start = layer
+            break
+    return job
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """The rows of one tail pass: for each the image, and the job that changes it or None for a null edit. recorded:
+    these are all images of the recorded pass in order, which therefore has the same shape and is the null edit."""
+
+    rows: list[tuple[int, _Job | None]]
+    recorded: bool = False
+
+
+def _batches(jobs: list[_Job], images: int) -> Iterator[_Batch]:
+    """Tail passes for some jobs that start at one layer."""
+    by_image = {job.row: job for job in jobs}
+    if len(by_image) == len(jobs) and 2 * len(jobs) >= images:
+        # the others as they are cost no more than null edits would
+        yield _Batch([(row, by_image.get(row)) for row in range(images)], recorded=True)
+        return
+    rows: list[tuple[int, _Job | None]] = []
+    for image, own in groupby(sorted(jobs, key=lambda job: job.row), key=lambda job: job.row):
+        for job in own:
+            if rows and len(rows) + (1 if rows[-1][0] == image else 2) > _TAIL_ROWS:
+                yield _Batch(rows)
+                rows = []
+            if not rows or rows[-1][0] != image:
+                rows.append((image, None))
+            rows.append((image, job))
+    if rows:
+        yield _Batch(rows)
+
+
+def _run(model: EludeModel, recording: Recording, layer: str, batch: _Batch) -> None:
+    """One tail pass: puts the outputs on its jobs."""
+    y = recording.y[layer]
+    outputs = [y[row : row + 1] if job is None else job.found[layer].output for row, job in batch.rows]
+    jobs = [job for _, job in batch.rows]
+    rows = torch.tensor([row for row, _ in batch.rows], device=y.device)
+    later = {
+        name: _changing(model.states[name], jobs)
+        for name in model.layers[model.layers.index(layer) + 1 :]
+        if any(job is not None and name in job.plan.edited for job in jobs)
+    }
+    given = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    out = model.tails.run(recording, layer, given, rows, later)
+    null = recording.logits[0]
+    for position, (row, job) in enumerate(batch.rows):
+        if batch.recorded:
+            null = recording.logits[row]
+        elif job is None:
+            null = out[position]
+        if job is not None:
+            job.steered, job.null = out[position], null
+
+
+def _changing(state: SplitState, jobs: Sequence[_Job | None]) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the jobs, a row each, do to the output of a layer that runs in a tail; None leaves its row as it is."""
 
     def change(x: Tensor, y: Tensor) -> Tensor:
-        edited = _edited(state, x[null_rows:], y[null_rows:], edits, norms)
-        return edited if not null_rows else torch.cat([y[:null_rows], edited])
+        changed = y.clone()
+        for position, made in _changes(state, x, y, jobs):
+            changed[position] = made.output[0]
+        return changed
 
     return change
+
+
+def _changes(state: SplitState, x: Tensor, y: Tensor, jobs: Sequence[_Job | None]) -> Iterator[tuple[int, LayerChange]]:
+    """(row, its change) of each row that a job edits at this layer."""
+    for position, job in enumerate(jobs):
+        if job is not None and state.name in job.plan.edited:
+            one = slice(position, position + 1)
+            yield position, job.change(state, x[one], y[one])

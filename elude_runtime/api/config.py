@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from elude_runtime.api.schema.request import Policy
 from elude_runtime.errors import EludeError
 
 ENVIRONMENT_PREFIX = "ELUDE_"
@@ -17,8 +18,17 @@ class ConfigError(EludeError):
     """A serving configuration with an unknown key or an impossible value."""
 
 
+def _listed(value: Any) -> Any:
+    """An environment variable's `a, b` as a list."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed)]
+
+
 class ServingConfig(BaseModel):
-    """How one server process serves a checkpoint; each key also as the environment variable ELUDE_<KEY>."""
+    """How one server process serves a checkpoint; each key but `policies` also as the environment variable
+    ELUDE_<KEY>. A unit of work is the price of one prediction."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,17 +36,34 @@ class ServingConfig(BaseModel):
     threads: int | None = Field(None, ge=1, description="torch threads of a worker; default: torch's own choice")
     trust_factory: bool = Field(False, description="run the model factory that a checkpoint carries")
     expected_checkpoint_sha256: str | None = Field(None, description="refuse to serve any other checkpoint")
+    policies: dict[str, Policy] = Field(default_factory=dict, description="policies beside the checkpoint's own")
+    default_policies: Names = Field(default_factory=list, description="policies in force on every request")
+    shadow_policies: Names = Field(default_factory=list, description="policies computed, but not answered by")
+    policies_off: bool = Field(False, description="no policy is in force, whoever names it")
     max_image_bytes: int = Field(5_000_000, ge=1, description="encoded size of one image")
     max_image_pixels: int = Field(50_000_000, ge=1, description="width x height of one image")
+    max_instances: int = Field(32, ge=1, description="images of one KServe request")
+    max_vector_images: int = Field(64, ge=1, description="images of one `vectors` request")
     max_targets: int = Field(10, ge=1, description="explanation targets of one request, `top` counted out")
     max_layers: int = Field(8, ge=1, description="layers explained in one request")
     max_top_features: int = Field(200, ge=1, description="features listed a target and layer")
     max_ablations: int = Field(64, ge=1, description="features ablated one by one in one request")
     max_steps: int = Field(64, ge=1, description="integration nodes")
-    max_tail_rows: int = Field(512, ge=1, description="images re-run through the tail for one request")
-    max_edits: int = Field(64, ge=1, description="edits in one request")
+    max_edits: int = Field(64, ge=1, description="edits and vectors in one request")
+    max_activations: int = Field(200, ge=1, description="features whose activations one request asks for")
+    max_work: int = Field(64, ge=1, description="work of one request beside its prediction")
+    max_batch_work: int = Field(128, ge=1, description="work of one batch beside its predictions; beyond it 503")
     max_json_depth: int = Field(32, ge=2, description="nesting of a request document")
     max_response_bytes: int = Field(6_000_000, ge=10_000, description="below TorchServe's own max_response_size")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.max_batch_work < max(self.max_work, self.max_vector_images):
+            raise ValueError("max_batch_work is below max_work or max_vector_images, so some requests can never run")
+        both = sorted(set(self.default_policies) & set(self.shadow_policies))
+        if both:
+            raise ValueError(f"the policy {both[0]!r} is both in default_policies and in shadow_policies")
+        return self
 
     @classmethod
     def resolve(
@@ -46,14 +73,15 @@ class ServingConfig(BaseModel):
         values = dict(yaml or {})
         for key in cls.model_fields:
             text = (os.environ if environment is None else environment).get(ENVIRONMENT_PREFIX + key.upper())
-            if text is not None:
+            if text is not None and key != "policies":
                 values[key] = text  # pydantic reads "7" and "true" where the key is a number or a switch
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "elude"
-            raise ConfigError(f"The serving configuration's `{key}` cannot be used: {first['msg']}.") from error
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"The serving configuration's `{key}` cannot be used: {reason}.") from error
 
     def limits(self) -> dict[str, int]:
         """The keys that bound a request, as describe shows them."""

@@ -1,40 +1,51 @@
 """The engine: a batch of requests in, a list of documents or problems out; one forward pass for all of them.
 
-It knows no server. `handler/` turns TorchServe's batches into `Row`s and the `Reply`s back; another server needs
-another adapter and nothing else.
+It knows no server. `handler/` turns TorchServe's batches into `Row`s and the replies back; another server needs another
+adapter and nothing else.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-import elude_runtime
-from elude_runtime.analysis.attribution import ExplainOptions
 from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.model import EludeModel, load
-from elude_runtime.analysis.steering import Edit, EditError, steer_rows
-from elude_runtime.analysis.targets import Target, TargetError
-from elude_runtime.api import replies, schema
+from elude_runtime.api import operations
+from elude_runtime.api.batch import Job, internal_error, milliseconds, run_batch
+from elude_runtime.api.changes import near_features, places, plan, steering_of
 from elude_runtime.api.config import ServingConfig
-from elude_runtime.api.intake import Intake, Row, read_row, route_of
+from elude_runtime.api.documents import ReplyDocuments
+from elude_runtime.api.intake import Body, Question, Row, read_body, read_question, validated
+from elude_runtime.api.kserve import Envelope, is_kserve, open_envelope
+from elude_runtime.api.policies import PolicyBook
 from elude_runtime.api.problems import Problem, at
-from elude_runtime.errors import CheckpointError, FeatureError, LayerError, closest
+from elude_runtime.api.replies import ReplyWriter
+from elude_runtime.api.schema import operations as ops
+from elude_runtime.api.schema import reply as wire
+from elude_runtime.api.schema.request import Activations, Expect, Explain, Request
+from elude_runtime.api.targets import TargetReader
+from elude_runtime.api.work import admitted, check_limits, check_work, explain_work, steer_work, tail_shares
+from elude_runtime.checkpoint.catalogue import FeatureCatalogue, read_catalogue
+from elude_runtime.checkpoint.policies import read_policies
+from elude_runtime.checkpoint.vectors import StoredVector, read_vectors
+from elude_runtime.errors import CheckpointError, FeatureError, ImagesError, closest
 from elude_runtime.network.preprocessing import to_input
-from elude_runtime.network.tail import Recording
 
+__all__ = ["Answered", "Engine", "Row"]
 logger = logging.getLogger(__name__)
 JSON, PROBLEM_JSON = "application/json", "application/problem+json"
-_CHANGES_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -47,32 +58,53 @@ class Answered:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass
-class _Job:
-    """One row that got as far as the model. layers: split layers its explanation or edits need."""
+@dataclass(frozen=True)
+class _Operation:
+    """Work beside predictions that a batch has to have room for."""
 
-    intake: Intake
-    id: str
-    tensor: Tensor
-    layers: list[str]
-    edits: list[tuple[Feature, Edit]]
-    timing: dict[str, float]
+    run: Callable[[], Answered]
+    work: float
+
+
+@dataclass
+class _Asked:
+    """One row's questions on their way. envelope: KServe's, around them; parts: a job, or what was wrong with it."""
+
+    parts: list[Job | Problem]
+    envelope: Envelope | None = None
 
 
 class Engine:
     """A loaded checkpoint that answers batches. Not thread-safe: tails patch the model while they run."""
 
-    def __init__(self, model: EludeModel, config: ServingConfig, *, name: str, version: str) -> None:
+    def __init__(
+        self,
+        model: EludeModel,
+        config: ServingConfig,
+        *,
+        name: str,
+        version: str,
+        catalogue: FeatureCatalogue | None = None,
+        vectors: Mapping[str, StoredVector] | None = None,
+        policies: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """policies: documents stored with the checkpoint, by name. ConfigError for a policy that cannot be used."""
         self.model, self.config = model, config
-        self.info = schema.ModelInfo(
+        manifest = model.manifest
+        self.info = wire.ModelInfo(
             name=name,
             version=version,
-            base_sha256=model.manifest.base_sha256,
-            checkpoint_sha256=model.manifest.checkpoint_sha256,
+            base_sha256=manifest.base_sha256,
+            checkpoint_sha256=manifest.checkpoint_sha256,
         )
-        self.labels = model.manifest.labels
+        self.vectors, self.catalogue = dict(vectors or {}), catalogue
         self.transform = model.data_config.transform()
-        self._tail_modes = {layer: plan.mode for layer, plan in model.tails.plans.items()}  # planned before READY
+        self.shares = tail_shares(model)  # plans the tails too, before the server says that it is ready
+        classes = manifest.output == "logits"
+        self.writer = ReplyWriter(manifest.labels, catalogue, model.data_config.input_size, classes=classes)
+        self.targets = TargetReader(manifest.labels, self._output_size, classes=classes)
+        self.policies = PolicyBook(model, config, policies or {}, self.vectors)
+        self.documents = ReplyDocuments(model.data_config, self.info, self.writer, self.policies)
 
     @classmethod
     def open(cls, checkpoint: Path, config: ServingConfig, *, name: str, version: str) -> Engine:
@@ -87,264 +119,224 @@ class Engine:
                 f"The configuration expects checkpoint {expected[:12]}…, this one is {found[:12]}…; "
                 "archive the right checkpoint, or change expected_checkpoint_sha256."
             )
-        return cls(model, config, name=name, version=version)
+        catalogue = read_catalogue(checkpoint)
+        catalogue.facts("")  # read now, not under the first request
+        partition = model.manifest.partition_sha256
+        stored = {} if config.policies_off else read_policies(checkpoint, partition)
+        return cls(
+            model,
+            config,
+            name=name,
+            version=version,
+            catalogue=catalogue,
+            vectors=read_vectors(checkpoint, partition),
+            policies=stored,
+        )
+
+    @cached_property
+    def _output_size(self) -> int:
+        parameter = next(self.model.base.parameters())
+        blank = torch.zeros(1, *self.model.data_config.input_size, device=parameter.device, dtype=parameter.dtype)
+        with torch.no_grad():
+            return int(self.model(blank).shape[-1])
 
     def describe(self) -> dict[str, Any]:
-        """Layers, feature counts, data configuration, digests, limits, threads, and the JSON schemas."""
-        manifest = self.model.manifest
-        return {
-            "api_version": schema.API_VERSION,
-            "elude_version": elude_runtime.__version__,
-            "model": self.info.model_dump(),
-            "output": manifest.output,
-            "classes": len(self.labels) or None,
-            "layers": [
-                {
-                    **entry.model_dump(
-                        include={"name", "kind", "neurons", "inputs", "subunits", "token_types", "follows"}
-                    ),
-                    "attribution": entry.attribution.model_dump(),
-                    "tail": self._tail_modes[entry.name],
-                }
-                for entry in manifest.layers
-            ],
-            "data_config": manifest.data_config,
-            "partition_sha256": manifest.partition_sha256,
-            "limits": self.config.limits(),
-            "threads": torch.get_num_threads(),
-            "schema": {
-                "request": schema.Request.model_json_schema(),
-                "reply": schema.Reply.model_json_schema(),
-                "problem": schema.ProblemDocument.model_json_schema(),
-            },
-        }
+        """Layers, feature counts, data configuration, digests, limits, policies, threads, and the JSON schemas."""
+        made = operations.describe(self.model, self.config, self.info, self.shares, self.policies, self.vectors)
+        return made.model_dump(mode="json")
 
     def answer(self, rows: Sequence[Row]) -> list[Answered]:
         """One reply a row, in order. A bad row gets a problem document and no other row notices."""
         started = time.perf_counter()
-        answered: list[Answered | None] = [None] * len(rows)
-        jobs: dict[int, _Job] = {}
-        for number, row in enumerate(rows):
-            made = self._guard(lambda row=row: self._read(row), row)
-            if isinstance(made, _Job):
-                jobs[number] = made
-            else:
-                answered[number] = made
-        if jobs:
-            recording = self._forward(list(jobs.values()))
-            for position, (number, job) in enumerate(jobs.items()):
-                work = lambda p=position, j=job: self._finish(recording, p, j, len(jobs), started)  # noqa: E731
-                answered[number] = self._guard(work, rows[number])
-        return [a for a in answered if a is not None]
+        read = [self._guard(self._read, row, row) for row in rows]
+        jobs = [p for asked in read if isinstance(asked, _Asked) for p in asked.parts if isinstance(p, Job)]
+        costly: list[Job | _Operation] = [*jobs, *(asked for asked in read if isinstance(asked, _Operation))]
+        let_in = admitted([c.work for c in costly], self.config.max_batch_work)
+        refused = [id(c) for c, allowed in zip(costly, let_in, strict=True) if not allowed]
+        for job in jobs:
+            job.problem = _overloaded() if id(job) in refused else None
+        running = [job for job in jobs if job.problem is None]
+        if running:
+            run_batch(self.model, self.targets, running)
+        answered = []
+        for row, asked in zip(rows, read, strict=True):
+            if isinstance(asked, _Operation):
+                asked = _problem(_overloaded()) if id(asked) in refused else self._guard(asked.run, row)
+            elif isinstance(asked, _Asked):
+                asked = self._guard(self._close, row, asked, len(running), started)
+            answered.append(asked)
+        return answered
 
-    def _guard(self, work: Any, row: Row) -> Any:
+    def _guard(self, work: Any, row: Row, *arguments: Any) -> Any:
         """The result of `work`, or the problem that it met, for this row alone."""
         try:
-            return work()
+            return work(*arguments)
         except Problem as problem:
             return _problem(problem)
         except Exception:
             logger.exception("request %s failed", row.request_id)
-            return _problem(Problem("internal-error", "The server failed on this request; its log has the reason."))
+            return _problem(internal_error())
 
-    def _read(self, row: Row) -> _Job | Answered:
+    # --- in -----------------------------------------------------------------------------------------------------------
+
+    def _read(self, row: Row) -> _Asked | _Operation | Answered:
+        body = read_body(row, self.config)
+        if body.operation:
+            return self._operation(body)
+        if is_kserve(body.document) and body.image is None:
+            envelope = open_envelope(
+                body.document, self.config, self.info, self.model.data_config.input_size, explain=row.explain
+            )
+            parts = [self._part(q, row, [*envelope.place, n]) for n, q in enumerate(envelope.questions)]
+            return _Asked(parts, envelope)
         started = time.perf_counter()
-        if route_of(row, self.config) == "describe":
-            return Answered(200, JSON, _dumps(self.describe()))
-        intake = read_row(row, self.config, len(self.model.layers))
-        request = intake.request
-        expect = request.expect
+        question = read_question(body.document, body.image, self.config, explain=row.explain)
+        return _Asked([self._job(question, row.request_id, started)])
+
+    def _operation(self, body: Body) -> _Operation | Answered:
+        if body.image is not None:
+            raise Problem("invalid-document", f"The operation {body.operation} takes one JSON document, no parts.")
+        if body.operation == "describe":
+            asked: Any = validated(ops.DescribeRequest, body.document)
+            self._expected(asked.expect)
+            return Answered(200, JSON, json.dumps(self.describe(), allow_nan=False))
+        if body.operation == "features":
+            asked = validated(ops.FeaturesRequest, body.document)
+            self._expected(asked.expect)
+            catalogue = self.catalogue
+            if catalogue is None:
+                raise Problem("internal-error", "The server has no feature catalogue.")
+            made: Any = operations.features(asked, catalogue, self.model.layers, self.info, _identity(asked.id))
+        else:
+            asked = validated(ops.VectorsRequest, body.document)
+            self._expected(asked.expect)
+            images = operations.vector_images(asked, self.model, self.config)
+            return _Operation(lambda: self._vectors(asked, images), float(sum(map(len, images))))
+        return self._sized(made.model_dump_json(), "a lower limit")
+
+    def _vectors(self, asked: ops.VectorsRequest, images: tuple[Tensor, Tensor]) -> Answered:
+        made = operations.vectors(asked, images, self.model, self.info, self.writer, _identity(asked.id))
+        return self._sized(made.model_dump_json(), "fewer features")
+
+    def _part(self, question: Question | Problem, row: Row, place: list[str | int]) -> Job | Problem:
+        """A job, or what is wrong with it, at its place in the envelope."""
+        try:
+            if isinstance(question, Problem):
+                raise question
+            return self._job(question, row.request_id, time.perf_counter())
+        except Problem as problem:
+            for error in problem.errors or []:
+                error.loc[:0] = place
+            return problem
+
+    def _job(self, question: Question, request_id: str, started: float) -> Job:
+        """A validated question, with all that it names looked up. Raises Problem."""
+        request = question.request
+        self._expected(request.expect)
+        check_limits(request, self.config, len(self.model.layers))
+        explained = self._explained(request.explain) if request.explain else []
+        if request.explain:
+            self.targets.check(request.explain)
+        activations = self._activated(request.activations) if request.activations else []
+        rules = self.policies.named(request.steer.policies if request.steer else [])
+        window = self._window(question.image)
+        in_force = [rule.steering for rule in rules]
+        if request.steer is not None:
+            in_force.append(steering_of(request.steer, self.vectors))
+        steered = plan(self.model, in_force, window, own=request.steer is not None) if in_force else None
+        shadows = [rule.steering for rule in self.policies.shadows]
+        shadow = plan(self.model, shadows, window) if shadows else None
+        work = self._work(request, explained, steered.edited if steered and request.steer else [])
+        check_work(work, self.config)
+        image = question.image
+        tensor = image if isinstance(image, Tensor) else self._input(image)
+        return Job(
+            question, _identity(request.id), request_id, tensor, explained, rules, steered,
+            places(rules, request.steer), shadow, activations, work, {"decode": milliseconds(started)},
+        )  # fmt: skip
+
+    def _work(self, request: Request, explained: list[str], edited: Sequence[str]) -> float:
+        work = steer_work(edited, self.shares)
+        if request.explain is not None:
+            passes = explain_work(request.explain, explained, self.shares)
+            work += passes + (passes + 1 if edited else 0)  # the steered answer is explained too, from its own pass
+        return work
+
+    def _input(self, image: Image.Image) -> Tensor:
+        try:
+            return to_input(image, self.transform)
+        except ImagesError as error:
+            raise Problem("image-too-large", str(error)) from error
+
+    def _expected(self, expect: Expect | None) -> None:
         if expect is not None and expect.checkpoint_sha256 != self.info.checkpoint_sha256:
             raise Problem("other-checkpoint", f"The checkpoint served is {self.info.checkpoint_sha256}.")
-        edits = self._edits(request)
-        layers = {feature.layer for feature, _ in edits}
-        if request.explain is not None:
-            layers |= set(self._explained_layers(request.explain))
-            self._targets(request.explain, None)
-        tensor = to_input(intake.image, self.transform)
-        identity = request.id or uuid.uuid4().hex
-        timing = {"decode": _milliseconds(started)}
-        return _Job(intake, identity, tensor, [n for n in self.model.layers if n in layers], edits, timing)
 
-    def _edits(self, request: schema.Request) -> list[tuple[Feature, Edit]]:
-        edits = []
-        for number, edit in enumerate(request.steer.edits if request.steer else []):
-            loc: list[str | int] = ["steer", "edits", number, "feature"]
-            try:
-                feature = self.model.feature(edit.feature)
-            except FeatureError as error:
-                near = self._near(edit.feature)
-                raise Problem("unknown-feature", str(error), at(loc, "unknown feature", near)) from error
-            edits.append((feature, Edit(edit.feature, edit.mode, getattr(edit, "value", None))))
-        return edits
-
-    def _near(self, name: str) -> list[str]:
-        names = [n for layer in self.model.layers for n in self.model.concept_names(layer)]
-        return closest(name, names)
-
-    def _explained_layers(self, explain: schema.Explain) -> list[str]:
+    def _explained(self, explain: Explain) -> list[str]:
         for number, layer in enumerate(explain.layers or []):
-            try:
-                self.model.state(layer)
-            except LayerError as error:
+            if layer not in self.model.layers:
                 near = closest(layer, self.model.layers) or self.model.layers
-                loc: list[str | int] = ["explain", "layers", number]
-                raise Problem("unknown-layer", str(error), at(loc, "unknown layer", near)) from error
+                detail = f"The checkpoint has no split layer {layer[:80]!r}."
+                raise Problem("unknown-layer", detail, at(["explain", "layers", number], "unknown layer", near))
         return [n for n in self.model.layers if explain.layers is None or n in explain.layers]
 
-    def _targets(self, explain: schema.Explain, logits: Tensor | None) -> list[Target]:
-        """The targets of a request; before the forward pass (logits None) only what can be checked then."""
-        found: list[Target] = []
-        embedding = self.model.manifest.output == "embedding"
-        for number, target in enumerate(explain.targets):
-            if isinstance(target, schema.DirectionTarget):
-                found.append(Target(direction=tuple(target.direction)))
-            elif embedding:
-                detail = 'The model has no classes; give targets as {"direction": [...]}.'
-                raise Problem("invalid-target", detail, at(["explain", "targets", number], "needs a direction"))
-            elif isinstance(target, schema.LabelTarget):
-                found.append(Target(self._class_of(target.label, number)))
-            elif isinstance(target, int):
-                found.append(Target(target))
-            elif isinstance(target, schema.IndexTarget):
-                found.append(Target(target.index, target.versus))
-            elif logits is not None:
-                count = 1 if target == "top1" else min(target.top, logits.shape[-1])
-                found += [Target(int(i)) for i in logits[0].topk(count).indices]
-        if logits is not None:
-            for chosen in found:
-                try:
-                    chosen.value(logits)
-                except TargetError as error:
-                    raise Problem("invalid-target", str(error)) from error
+    def _activated(self, asked: Activations) -> list[Feature]:
+        found = []
+        for number, name in enumerate(asked.features):
+            try:
+                found.append(self.model.feature(name))
+            except FeatureError as error:
+                loc: list[str | int] = ["activations", "features", number]
+                near = near_features(self.model, name)
+                raise Problem("unknown-feature", str(error), at(loc, "unknown feature", near)) from error
         return found
 
-    def _class_of(self, label: str, number: int) -> int:
-        if label not in self.labels:
-            near = closest(label, self.labels)
-            raise Problem(
-                "unknown-label",
-                f"The model has no label {label[:80]!r}.",
-                at(["explain", "targets", number], "unknown", near),
-            )
-        same = [i for i, name in enumerate(self.labels) if name == label]
-        if len(same) > 1:
-            raise Problem(
-                "unknown-label",
-                f"{len(same)} classes are called {label!r}; name one by its index.",
-                at(["explain", "targets", number], "ambiguous", [str(i) for i in same]),
-            )
-        return same[0]
+    def _window(self, image: Image.Image | Tensor) -> tuple[float, float, float, float]:
+        """What the token grid covers, as fractions of the upright image."""
+        if isinstance(image, Tensor):
+            return 0.0, 0.0, 1.0, 1.0
+        x0, y0, x1, y1 = self.model.data_config.window(*image.size)
+        return x0 / image.width, y0 / image.height, x1 / image.width, y1 / image.height
 
-    def _forward(self, jobs: list[_Job]) -> Recording:
-        """One pass for all rows; what tails need is kept for the layers that any row asks for."""
-        started = time.perf_counter()
-        parameter = next(self.model.base.parameters())
-        images = torch.stack([j.tensor for j in jobs]).to(parameter.device, parameter.dtype)
-        needed = {layer for job in jobs for layer in job.layers}
-        recording = self.model.record(images, [n for n in self.model.layers if n in needed])
-        for job in jobs:
-            job.timing["forward"] = _milliseconds(started)
-        return recording
+    # --- out ----------------------------------------------------------------------------------------------------------
 
-    def _finish(self, recording: Recording, position: int, job: _Job, batch: int, started: float) -> Answered:
-        request = job.intake.request
-        logits = recording.logits[position]
-        if not bool(torch.isfinite(logits).all()):
-            raise Problem(
-                "non-finite-output", "The model's output for this image is not finite; the image may be extreme."
-            )
-        has_classes = self.model.manifest.output == "logits"
-        predictions = replies.predictions(logits, self.labels, request.top_k) if has_classes else []
-        explanations = steered = None
-        if request.explain is not None:
-            begun = time.perf_counter()
-            explanations = self._explain(recording, position, request.explain)
-            job.timing["explain"] = _milliseconds(begun)
-        if job.edits:
-            begun = time.perf_counter()
-            steered = self._steer(recording, position, job, predictions)
-            job.timing["steer"] = _milliseconds(begun)
-        best = next(iter(steered.predictions if steered else predictions), None)
-        width, height = job.intake.image.size
-        reply = schema.Reply(
-            id=job.id,
-            batch_size=batch,
-            timing_ms={**job.timing, "total": _milliseconds(started)},
-            model=self.info,
-            input=schema.InputInfo(width=width, height=height, crop=list(self.model.data_config.seen(width, height))),
-            answer=schema.Answer(
-                source="steered" if steered else "default",
-                index=best.index if best else None,
-                label=best.label if best else None,
-                probability=best.probability if best else None,
-            ),
-            predictions=predictions,
-            embedding=None if has_classes else logits.float().tolist(),
-            explanations=explanations,
-            steered=steered,
-        )
-        body = reply.model_dump_json(exclude_none=False)
-        if len(body.encode()) > self.config.max_response_bytes:
-            raise Problem(
-                "response-too-large",
-                f"The response would have {len(body.encode())} bytes, the limit is {self.config.max_response_bytes}; "
-                "ask for fewer targets, layers, features or heatmaps.",
-            )
+    def _close(self, asked: _Asked, batch: int, started: float) -> Answered:
+        if asked.envelope is None:
+            (job,) = asked.parts
+            assert isinstance(job, Job)
+            return self._sized(self.documents.text(job, batch, started), "fewer targets, layers, features or heatmaps")
+        documents, outputs = [], []
+        for part in asked.parts:
+            try:
+                if isinstance(part, Problem):
+                    raise part
+                documents.append(self.documents.text(part, batch, started))
+                assert part.output is not None
+                outputs.append(part.output.float().tolist())
+            except Problem as problem:
+                if asked.envelope.whole:
+                    raise
+                documents.append(problem.document().model_dump_json(exclude_none=True))
+        return self._sized(asked.envelope.close(documents, outputs), "fewer images, targets, layers or features")
+
+    def _sized(self, body: str, advice: str) -> Answered:
+        size = len(body) if body.isascii() else len(body.encode())
+        if size > self.config.max_response_bytes:
+            limit = self.config.max_response_bytes
+            detail = f"The response would have {size} bytes, the limit is {limit}; ask for {advice}."
+            raise Problem("response-too-large", detail)
         return Answered(200, JSON, body)
-
-    def _explain(self, recording: Recording, row: int, explain: schema.Explain) -> list[schema.ExplanationReply]:
-        options = ExplainOptions(
-            explain.method,
-            explain.steps,
-            explain.level,
-            explain.top_features,
-            explain.sign,
-            explain.heatmaps == "values",
-        )
-        targets = self._targets(explain, recording.logits[row : row + 1])
-        found = self.model.explain_row(recording, row, targets, self._explained_layers(explain), options)
-        return [replies.explanation(e, self.labels) for e in found]
-
-    def _steer(
-        self, recording: Recording, row: int, job: _Job, default: list[schema.Prediction]
-    ) -> schema.SteeredReply:
-        try:
-            steered = steer_rows(self.model.tails, recording, [row], self.model.states, job.edits)
-        except EditError as error:
-            raise Problem("invalid-edit", str(error), at(["steer", "edits"], "overlap")) from error
-        logits, change = steered.steered[0], steered.change[0]
-        if not bool(torch.isfinite(logits).all()):
-            raise Problem("non-finite-output", "The steered output is not finite; use smaller values.")
-        if self.model.manifest.output != "logits":
-            raise Problem("not-implemented", "This version does not steer models without classes over HTTP yet.")
-        predictions = replies.predictions(logits, self.labels, job.intake.request.top_k)
-        shown = list(dict.fromkeys([p.index for p in default] + [p.index for p in predictions]))[:_CHANGES_LISTED]
-        changes = [
-            schema.Change(
-                index=i,
-                label=replies.label(self.labels, i),
-                default=float(recording.logits[row, i]),
-                steered=float(logits[i]),
-                change=float(change[i]),
-            )
-            for i in shown
-        ]
-        norms = {layer: values[0] for layer, values in steered.relative_norm.items()}
-        return schema.SteeredReply(
-            predictions=predictions, changes=changes, edits_applied=len(job.edits), relative_norm=norms
-        )
 
 
 def _problem(problem: Problem) -> Answered:
-    return Answered(problem.status, PROBLEM_JSON, problem.document().model_dump_json(exclude_none=True))
+    body = problem.document().model_dump_json(exclude_none=True)
+    return Answered(problem.status, PROBLEM_JSON, body, problem.headers)
 
 
-def _milliseconds(since: float) -> float:
-    return math.floor((time.perf_counter() - since) * 1e5) / 100
+def _overloaded() -> Problem:
+    detail = "Requests beside this one used up what one batch may cost; try again in a second."
+    return Problem("overloaded", detail, headers={"Retry-After": "1"})
 
 
-def _dumps(value: Any) -> str:
-    import json
-
-    return json.dumps(value, allow_nan=False)
+def _identity(asked: str | None) -> str:
+    return asked or uuid.uuid4().hex

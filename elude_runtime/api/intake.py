@@ -1,4 +1,4 @@
-"""From the bytes of one request to a validated document and an image."""
+"""From the bytes of one request to validated documents and images."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import base64
 import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
 from elude_runtime.api.config import ServingConfig
 from elude_runtime.api.problems import Problem, at, invalid_document
-from elude_runtime.api.schema import Explain, JSONError, Request, parse_json
+from elude_runtime.api.schema.base import Document
+from elude_runtime.api.schema.json_text import JSONError, parse_json
+from elude_runtime.api.schema.operations import DescribeRequest, FeaturesRequest, VectorsRequest
+from elude_runtime.api.schema.request import Request
 from elude_runtime.errors import ImagesError, ImageTooLargeError
 from elude_runtime.network.preprocessing import SERVED_FORMATS, decode_image
 
-ROUTES = ("features", "vectors", "describe")
+OPERATIONS: dict[str, type[Document]] = {
+    "features": FeaturesRequest,
+    "vectors": VectorsRequest,
+    "describe": DescribeRequest,
+}
 _RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-
-# What the interface specifies and later versions bring, by its place in the document: answered 501, not 422.
-_EDIT_MODES = frozenset({"set", "cap", "floor", "add", "zero"})
-# with the value that asks for nothing beyond what this version does
-_EDIT_FIELDS: dict[str, Any] = {"when": None, "unit": "raw", "side": "both", "apply": {"tokens": "all"}}
-_STEER_FIELDS: dict[str, Any] = {"vectors": [], "policies": [], "strength_multiplier": 1.0, "conflict": "error"}
+D = TypeVar("D", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -41,61 +44,90 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Intake:
-    """What one request asks: its validated document and its upright RGB image."""
+class Body:
+    """What one request brought. image: encoded, where it came as bytes of its own; operation: of `OPERATIONS`, or ""
+    for a prediction."""
+
+    document: Any
+    image: bytes | None
+    operation: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about one image: the validated document, and the upright RGB image, or in its place the model's
+    own input float32 [3, H, W]."""
 
     request: Request
-    image: Image.Image
+    image: Image.Image | Tensor
 
 
-def read_row(row: Row, config: ServingConfig, layers: int) -> Intake:
-    """Validate one request to a checkpoint with that many split layers and decode its image. Raises Problem."""
-    document, encoded = _documents(row, config)
-    _refuse_later(document)
-    if row.explain and isinstance(document, dict) and document.get("explain") is None:
-        document["explain"] = {}
-    try:
-        request = Request.model_validate(document)
-    except ValidationError as error:
-        raise invalid_document(error) from error
-    _check_limits(request, config, layers)
-    if encoded is None:
+def read_body(row: Row, config: ServingConfig) -> Body:
+    """The document of a request as plain JSON values. Problem for what is no JSON, or no operation (404)."""
+    route = row.route
+    if route and route not in OPERATIONS:
+        raise Problem("unknown-route", f"There is no sub-route {route[:40]!r}; there are {', '.join(OPERATIONS)}.")
+    document, image = _document(row, config, route)
+    if not route and isinstance(document, dict) and "op" in document and image is None:
+        route = document["op"] if isinstance(document["op"], str) else ""
+        if route not in OPERATIONS:
+            raise Problem(
+                "unknown-route",
+                f"There is no operation {str(document['op'])[:40]!r}; there are {', '.join(OPERATIONS)}.",
+                at(["op"], "unknown operation"),
+            )
+    elif isinstance(document, dict) and document.get("op", route) != route:
+        raise Problem("invalid-document", f"op: the path says {route!r}.", at(["op"], "differs from the path"))
+    return Body(document, image, route)
+
+
+def read_question(document: Any, image: bytes | None, config: ServingConfig, *, explain: bool) -> Question:
+    """A prediction request and its image, decoded. explain: `explain` defaults to {}. Raises Problem."""
+    request = read_request(document, explain=explain)
+    if image is None:
         if request.image is None:
             raise Problem("invalid-document", "image: the request has no image.", at(["image"], "Field required"))
-        try:
-            encoded = base64.b64decode(request.image.b64, validate=True)
-        except (binascii.Error, ValueError) as error:
-            detail = "image.b64: the text is not base64."
-            raise Problem("invalid-image", detail, at(["image", "b64"], "not base64")) from error
+        image = from_base64(request.image.b64, ["image", "b64"])
     elif request.image is not None:
         raise Problem("invalid-document", "image: the image came as a part of its own; leave it out of the document.")
+    return Question(request, read_image(image, config))
+
+
+def read_request(document: Any, *, explain: bool) -> Request:
+    """Validate a prediction request. Raises Problem."""
+    if explain and isinstance(document, dict) and document.get("explain") is None:
+        document = {**document, "explain": {}}
+    return validated(Request, document)
+
+
+def validated(kind: type[D], document: Any) -> D:
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise invalid_document(error, document) from error
+
+
+def from_base64(text: str, loc: list[str | int]) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        where = ".".join(map(str, loc))
+        raise Problem("invalid-image", f"{where}: the text is not base64.", at(loc, "not base64")) from error
+
+
+def read_image(encoded: bytes, config: ServingConfig) -> Image.Image:
+    """The upright RGB image. Problem for one that is too large or cannot be decoded."""
     if len(encoded) > config.max_image_bytes:
         raise Problem("image-too-large", f"The image has {len(encoded)} bytes, the limit is {config.max_image_bytes}.")
     try:
-        image = decode_image(bytes(encoded), config.max_image_pixels, SERVED_FORMATS)
+        return decode_image(encoded, config.max_image_pixels, SERVED_FORMATS)
     except ImagesError as error:
         too_large = isinstance(error, ImageTooLargeError)
         raise Problem("image-too-large" if too_large else "invalid-image", str(error)) from error
-    return Intake(request, image)
 
 
-def route_of(row: Row, config: ServingConfig) -> str:
-    """ "" for a prediction, "describe" for a description. Problem for what is unknown (404) or comes later (501)."""
-    route = row.route
-    if route and route not in ROUTES:
-        raise Problem("unknown-route", f"There is no sub-route {route[:40]!r}; there are {', '.join(ROUTES)}.")
-    if not route and row.content_type == "application/json" and b'"op"' in row.parts.get("body", b""):
-        document = _json(row.parts["body"], config)
-        route = str(document.get("op", "")) if isinstance(document, dict) else ""
-        if route and route not in ROUTES:
-            raise Problem("unknown-route", f"There is no operation {route[:40]!r}; there are {', '.join(ROUTES)}.")
-    if route in ("features", "vectors"):
-        raise _later(f"the sub-route {route!r}")
-    return route
-
-
-def _documents(row: Row, config: ServingConfig) -> tuple[Any, bytes | None]:
-    """(request document, encoded image where it came as bytes of its own)."""
+def _document(row: Row, config: ServingConfig, route: str) -> tuple[Any, bytes | None]:
+    """(document, encoded image where it came as bytes of its own)."""
     parts = row.parts
     if row.content_type == "multipart/form-data" or "image" in parts or "request" in parts:
         unknown = sorted(set(parts) - {"image", "request"})
@@ -103,8 +135,10 @@ def _documents(row: Row, config: ServingConfig) -> tuple[Any, bytes | None]:
             raise Problem(
                 "invalid-document", "A multipart request has the parts `image` (a file) and `request` (JSON)."
             )
-        return _json(parts["request"], config) if parts.get("request") else {}, parts["image"]
-    body = parts.get("body", parts.get("data", b""))
+        return _json(parts["request"], config) if parts.get("request") else {}, bytes(parts["image"])
+    body = bytes(parts.get("body", parts.get("data", b"")))
+    if not body and route:
+        return {}, None  # `describe` and `features` can be asked without a word
     if row.content_type == "application/json" or (row.content_type in _RAW_TYPES and body[:1] == b"{"):
         return _json(body, config), None
     if row.content_type in _RAW_TYPES or row.content_type.startswith("image/"):
@@ -122,70 +156,3 @@ def _json(body: bytes, config: ServingConfig) -> Any:
         return parse_json(bytes(body), config.max_json_depth)
     except JSONError as error:
         raise Problem("not-json", str(error)) from error
-
-
-def _refuse_later(document: Any) -> None:
-    """Problem 501 for parts of the interface that this version does not have."""
-    if not isinstance(document, dict):
-        return
-    for key, what in (("activations", "`activations`"), ("instances", "KServe V1"), ("inputs", "KServe V2")):
-        if key in document:
-            raise _later(what)
-    explain, steer = document.get("explain"), document.get("steer")
-    if isinstance(explain, dict):
-        if explain.get("pixels") is True:
-            raise _later("`explain.pixels`")
-        if explain.get("pixels") is False:
-            del explain["pixels"]
-        if explain.get("heatmaps") == "png":
-            raise _later("`explain.heatmaps: png`")
-    if not isinstance(steer, dict):
-        return
-    _drop_defaults(steer, _STEER_FIELDS, "steer")
-    edits = steer.get("edits")
-    for edit in edits if isinstance(edits, list) else []:
-        if isinstance(edit, dict):
-            if isinstance(edit.get("mode"), str) and edit["mode"] in _EDIT_MODES:
-                raise _later(f"the edit mode {edit['mode']!r}")
-            _drop_defaults(edit, _EDIT_FIELDS, "steer.edits")
-
-
-def _drop_defaults(part: dict[str, Any], fields: dict[str, Any], where: str) -> None:
-    """Take out of a document what it need not say; Problem 501 for any other value of these keys."""
-    for key, default in fields.items():
-        if key in part and (part[key] != default or isinstance(part[key], bool)):
-            raise _later(f"`{where}.{key}` other than {default!r}")
-        part.pop(key, None)
-
-
-def _later(what: str) -> Problem:
-    return Problem(
-        "not-implemented", f"This version does not have {what[:100]} yet; `describe` shows the schema it takes."
-    )
-
-
-def _check_limits(request: Request, config: ServingConfig, layers: int) -> None:
-    explain: Explain | None = request.explain
-    found: list[tuple[str, int, int]] = []
-    if explain is not None:
-        explained = layers if explain.layers is None else len(explain.layers)
-        targets = sum(getattr(t, "top", 1) for t in explain.targets)
-        found += [
-            ("explain.targets", targets, config.max_targets),
-            ("explain.layers", explained, config.max_layers),
-            ("explain.top_features", explain.top_features, config.max_top_features),
-            ("explain.steps", explain.steps, config.max_steps),
-        ]
-        if explain.method == "ablation":
-            ablations = targets * explain.top_features * explained
-            found.append(
-                ("explain.top_features times targets and layers, with ablation", ablations, config.max_ablations)
-            )
-        nodes = explain.steps if explain.method in ("auto", "integrated_gradients") else 1
-        rows = explained * (nodes * (1 + targets) + 1)  # one forward pass of all nodes, a backward pass a target
-        found.append(("explain.steps times targets and layers", rows, config.max_tail_rows))
-    if request.steer is not None:
-        found.append(("steer.edits", len(request.steer.edits), config.max_edits))
-    for name, value, limit in found:
-        if value > limit:
-            raise Problem("limit-exceeded", f"{name} is {value}, the limit is {limit}; ask for less.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
 
-from elude_runtime.api.schema import ProblemDocument, ProblemError
+from elude_runtime.api.schema.reply import ProblemDocument, ProblemError
 
 # type: (status, title). The type is a stable name that clients may switch on.
 PROBLEMS: dict[str, tuple[int, str]] = {
@@ -20,22 +22,26 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "unknown-feature": (422, "Unknown feature"),
     "unknown-layer": (422, "Unknown layer"),
     "unknown-label": (422, "Unknown label"),
+    "unknown-vector": (422, "Unknown vector"),
+    "unknown-policy": (422, "Unknown policy"),
     "invalid-target": (422, "The target does not fit the model"),
     "invalid-edit": (422, "The edits cannot be carried out"),
     "limit-exceeded": (422, "A limit is exceeded"),
     "response-too-large": (422, "The response would be too large"),
     "internal-error": (500, "Internal error"),
     "non-finite-output": (500, "The model's output is not finite"),
-    "not-implemented": (501, "Not implemented in this version"),
+    "overloaded": (503, "Too much work at once"),
 }
 
 
 class Problem(Exception):
-    """Ends the work on one request; the other rows of its batch go on."""
+    """Ends the work on one request; the other rows of its batch go on. headers: of the reply."""
 
-    def __init__(self, kind: str, detail: str, errors: list[ProblemError] | None = None) -> None:
+    def __init__(
+        self, kind: str, detail: str, errors: list[ProblemError] | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(detail)
-        self.kind, self.detail, self.errors = kind, detail, errors
+        self.kind, self.detail, self.errors, self.headers = kind, detail, errors, dict(headers or {})
 
     @property
     def status(self) -> int:
@@ -46,20 +52,20 @@ class Problem(Exception):
         return ProblemDocument(type=self.kind, title=title, status=status, detail=self.detail, errors=self.errors)
 
 
-def at(loc: list[str | int], msg: str, suggestions: list[str] | None = None) -> list[ProblemError]:
+def at(loc: Sequence[str | int], msg: str, suggestions: list[str] | None = None) -> list[ProblemError]:
     """One entry of `errors`: where in the document, what, and the closest known names."""
-    return [ProblemError(loc=loc, msg=msg, suggestions=suggestions or None)]
+    return [ProblemError(loc=list(loc), msg=msg, suggestions=suggestions or None)]
 
 
-def invalid_document(error: ValidationError) -> Problem:
+def invalid_document(error: ValidationError, document: Any) -> Problem:
     """A failed validation. Values of the client are not echoed; at most 20 places are named."""
     errors = [
-        ProblemError(loc=_plain(e["loc"]), msg=_short(e["msg"]))
-        for e in error.errors(include_input=False, include_url=False)
+        ProblemError(loc=_place(e["loc"], document), msg=_short(e["msg"].removeprefix("Value error, ")))
+        for e in islice(error.errors(include_input=False, include_url=False), 20)
     ]
     first = errors[0]
     where = ".".join(map(str, first.loc)) or "the document"
-    return Problem("invalid-document", f"{where}: {first.msg}.", errors[:20])
+    return Problem("invalid-document", f"{where}: {first.msg}.", errors)
 
 
 def _short(message: str) -> str:
@@ -67,5 +73,17 @@ def _short(message: str) -> str:
     return message if len(message) <= 300 else f"{message[:150]} … {message[-100:]}"
 
 
-def _plain(loc: tuple[Any, ...]) -> list[str | int]:
-    return [part if isinstance(part, int) else str(part)[:80] for part in loc]
+def _place(loc: tuple[Any, ...], document: Any) -> list[str | int]:
+    """A place as a client knows it: pydantic also names the branches of a union that it tried."""
+    found: list[str | int] = []
+    for number, part in enumerate(loc):
+        if isinstance(document, dict) and isinstance(part, str):
+            if part not in document and number < len(loc) - 1:
+                continue
+            document = document.get(part)
+        elif isinstance(document, list) and isinstance(part, int) and 0 <= part < len(document):
+            document = document[part]
+        elif number < len(loc) - 1 or not isinstance(document, dict):
+            continue
+        found.append(part if isinstance(part, int) else str(part)[:80])
+    return found

@@ -18,13 +18,15 @@ import typer
 from rich.console import Console
 
 from elude_runtime.api.config import ServingConfig
+from elude_runtime.checkpoint.catalogue import FEATURES_JSON, FEATURES_PARQUET, features_json
 from elude_runtime.checkpoint.manifest import MANIFEST, read_manifest
 from elude_runtime.errors import CheckpointError, EludeError, StorageError
 from elude_runtime.package_files import package_directory, shipped_file
 
-# What serving reads from a checkpoint. Exemplars stay behind: they are pictures for people, and large.
+# What serving reads from a checkpoint. Exemplars stay behind: they are pictures for people, and large. The feature
+# table goes as JSON, so that a server needs no pyarrow.
 TENSORS = "model.safetensors"
-_BESIDE = ("factory", "features.parquet", "labels.csv", "policies.json", "vectors", "verification.json")
+_BESIDE = ("factory", "labels.csv", "policies.json", "vectors", "verification.json")
 # Of the package, code travels; the demonstration's weights and other data do not.
 _DATA_SUFFIXES = {".safetensors", ".npz", ".parquet", ".png", ".jpg", ".webp", ".pyc"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -101,6 +103,8 @@ def _pack(checkpoint: Path, scratch: Path, name: str, version: str, settings: Pa
         if (checkpoint / file).exists():
             # A link: the archiver copies what it points to, and large weights need not be copied twice.
             (stage / "checkpoint" / file).symlink_to((checkpoint / file).resolve())
+    if any((checkpoint / table).exists() for table in (FEATURES_JSON, FEATURES_PARQUET)):
+        (stage / "checkpoint" / FEATURES_JSON).write_bytes(features_json(checkpoint))
     _copy_package(stage / "elude_runtime")
     shutil.copyfile(settings, scratch / "model-config.yaml")
     try:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
 from elude_runtime.cli import model_options as options
-from elude_runtime.cli.progress import console
+from elude_runtime.cli.progress import console, stages
 
 bench = typer.Typer(
     help="Benchmarks: ratios of what is measured alternately, with 95 % intervals.", no_args_is_help=True
@@ -65,6 +69,137 @@ def rewrite(
         console.print("Peak memory, each figure in a process of its own …")
         found["memory"] = measure.peak_memory(partial(asked.build), work, memory_images)
     print(json.dumps(found, indent=2)) if as_json else _show(found)
+
+
+@bench.command("api")
+def api(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="CKPT|MODEL", help="A checkpoint, or a timm name to rewrite for this."),
+    ] = None,
+    images: Annotated[str, typer.Option(help=options.IMAGES)] = ...,  # type: ignore[assignment]
+    layers: Annotated[list[str] | None, typer.Option(help="A split layer; repeated. Default: all.")] = None,
+    pairs: Annotated[int, typer.Option(help="Pairs of a plain and another request, each kind and layer.", min=1)] = 40,
+    max_images: Annotated[int, typer.Option(help="Use this many, spread over the folder.", min=1)] = 16,
+    captum_pairs: Annotated[int, typer.Option(help="Pairs with Captum's methods, 50 steps; 0 for none.", min=0)] = 5,
+    captum_batch: Annotated[int, typer.Option(help="Steps of Captum that share a pass.", min=1)] = 10,
+    threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's own choice.", min=1)] = None,
+    trust_factory: Annotated[
+        bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")
+    ] = False,
+    pretrained: options.Pretrained = False,
+    weights: options.Weights = None,
+    head: options.Head = None,
+    model_factory: options.FactoryOption = None,
+    model_arg: options.ModelArg = None,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    interpolation: options.Interpolation = None,
+    crop_pct: options.CropPct = None,
+    crop_mode: options.CropMode = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Explaining and steering a single image, as multiples of a plain prediction, with the bounds they should keep."""
+    from elude_runtime.offline.bench_api import Workbench, measure_api
+
+    asked = options.ModelOptions(
+        model, pretrained, weights, model_factory, tuple(model_arg or ()), head=head, input_size=input_size
+    )
+    how = (input_size, mean, std, interpolation, crop_pct, crop_mode)
+    with _checkpoint(asked, images, layers, max_images, how) as checkpoint, stages() as bar:
+        bench = Workbench(
+            checkpoint, images, max_images, threads=threads, trust_factory=trust_factory or bool(model_factory)
+        )
+        found = measure_api(
+            bench, layers, pairs=pairs, captum_pairs=captum_pairs, internal_batch=captum_batch, progress=bar
+        )
+    print(json.dumps(found, indent=2)) if as_json else _show_api(found)
+
+
+@bench.command("attribution")
+def attribution(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint that `elude rewrite` made.")],
+    images: Annotated[str, typer.Option(help=options.IMAGES)] = ...,  # type: ignore[assignment]
+    layers: Annotated[list[str] | None, typer.Option(help="A split layer; repeated. Default: all.")] = None,
+    max_images: Annotated[int, typer.Option(help="Use this many, spread over the folder.", min=1)] = 100,
+    top: Annotated[int, typer.Option(help="Features of a set.", min=2)] = 10,
+    paired: Annotated[int, typer.Option(help="Top concepts whose pairs are ablated.", min=2)] = 5,
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the random features.")] = 0,
+    trust_factory: Annotated[
+        bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Attributions beside the true effects of ablation, image by image; and whether top concepts interact."""
+    from elude_runtime.analysis.model import load
+    from elude_runtime.offline.bench_attribution import measure_attribution
+    from elude_runtime.offline.images import ImageSource
+
+    model = load(checkpoint, device, trust_factory=trust_factory)
+    source = ImageSource(images, model.data_config, batch_size=batch_size, limit=max_images)
+    with stages() as bar:
+        bar("images", 0, source.count)
+        found = measure_attribution(model, source.batches(), layers, top=top, paired=paired, seed=seed, progress=bar)
+    found = {"checkpoint_sha256": model.manifest.checkpoint_sha256, **found}
+    print(json.dumps(found, indent=2)) if as_json else _show_attribution(found)
+
+
+@contextmanager
+def _checkpoint(
+    asked: options.ModelOptions, images: str, layers: list[str] | None, count: int, how: tuple[Any, ...]
+) -> Iterator[Path]:
+    """The checkpoint that was named, or one of the named model, made of a few images and gone afterwards."""
+    if asked.name and (Path(asked.name) / "elude.json").is_file():
+        yield Path(asked.name)
+        return
+    from elude_runtime.offline.bench import Workload
+    from elude_runtime.partition import SplitConfig
+
+    base = asked.build()
+    work = Workload(images, options.data_config(base.model, *how), layers, SplitConfig(), limit=count)
+    with TemporaryDirectory() as folder:
+        with stages() as bar:
+            work.rewrite(base, Path(folder) / "ckpt", bar)
+        yield Path(folder) / "ckpt"
+
+
+def _show_api(found: dict[str, Any]) -> None:
+    from elude_runtime.offline.bench import Ratio
+
+    facts, plain = found["environment"], found["plain_ms"]
+    print(f"torch {facts['torch']}, {facts['threads']} threads on {facts['cores']} cores, {found['images']} images")
+    print(f"plain: {plain['request']} ms a request, {plain['model']} ms of it in the model; below, multiples of it")
+    for entry in found["layers"]:
+        print(f"{entry['layer']}: tail t = {Ratio(**entry['tail_share'])} of a forward pass")
+        for cost in entry["kinds"]:
+            print(f"  {cost['kind']}: at most {cost['bound']:.3f}")
+            for side in ("request", "model"):
+                figures = dict(cost[side])
+                verdict = "met" if figures.pop("met") else "NOT met"
+                print(f"    {side:8} {Ratio(**figures)}  {verdict}")
+        if "captum_layer_ig" in entry:
+            print(f"  Captum LayerIntegratedGradients, 50 steps: {Ratio(**entry['captum_layer_ig'])}")
+    if "captum_pixel_ig" in found:
+        print(f"Captum IntegratedGradients of the pixels, 50 steps: {Ratio(**found['captum_pixel_ig'])}")
+
+
+def _show_attribution(found: dict[str, Any]) -> None:
+    from elude_runtime.offline.bench_attribution import Summary
+
+    print(f"{found['images']} images; means over images with 95 % intervals")
+    for entry in found["layers"]:
+        print(f"{entry['layer']}: method, level, features: Spearman, slope of true effect on attribution")
+        for row in entry["agreement"]:
+            figures = [Summary(**row[k]) if row[k] else "    no figure" for k in ("spearman", "slope")]
+            print(f"  {row['method']:20} {row['level']:8} {row['set']:12}  {figures[0]}  {figures[1]}")
+        if pairs := entry["pairs"]:
+            print(
+                f"  pairs of top concepts: |effect - sum| / |sum| {pairs['median']:.3f} (median of {pairs['pairs']}); "
+                f"{pairs['redundant']:.0%} do more together than one by one"
+            )
 
 
 def _show(found: dict[str, Any]) -> None:

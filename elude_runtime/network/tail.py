@@ -10,7 +10,7 @@ full re-runs in which only the split layer's output is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from elude_runtime.errors import LayerError
-from elude_runtime.network.tail_plan import FULL, REPLAY, CallOutput, OutputRows, TailPlan, draft_plans, in_order_of
+from elude_runtime.network.replay import blank, chosen, replay
+from elude_runtime.network.tail_plan import FULL, REPLAY, TailPlan, draft_plans, in_order_of
 from elude_runtime.network.tokens import by_image
 
 __all__ = ["FULL", "REPLAY", "Recording", "TailPlan", "TailRunner", "record_layers"]
 
 _CLOSE = {torch.float16: 2e-2, torch.bfloat16: 0.15}  # of the largest output: the same rows in another batch
+_BLANKS_KEPT = 64  # (layer, number of rows)
 Change = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -56,6 +58,10 @@ class TailRunner:
     def __init__(self, model: nn.Module, layers: list[str], input_size: tuple[int, int, int]) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
+        self._blanks: dict[tuple[str, int, torch.device], dict[str, list[list[Any]]]] = {}
+        # Where there are hooks, PyTorch's encoder layer runs its layers one by one, and not by a path of its own that
+        # never calls them: so it does in the recorded pass, and tails follow.
+        self._looks_on = any(isinstance(module, nn.TransformerEncoderLayer) for module in self.modules.values())
         parameter = next(model.parameters())
         with torch.inference_mode(False), torch.no_grad():
             noise = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0)).to(parameter)
@@ -65,10 +71,11 @@ class TailRunner:
             for layer in layers:
                 self.plans[layer] = self._tried(self.plans[layer], recording)
 
-    def record(self, images: Tensor, layers: list[str]) -> Recording:
+    def record(self, images: Tensor, layers: list[str], changes: Mapping[str, Change] | None = None) -> Recording:
         """A forward pass of the untouched model that keeps what explanations and edits of `layers` need.
 
-        Hooks only look: the numbers are those of `model(images)`.
+        Hooks only look: the numbers are those of `model(images)`. changes: split layers of which the output is
+        replaced, by (input, output) -> output; the recording is that of the pass that follows from it.
         """
         outputs: dict[str, list[list[Tensor]]] = {}
         plans = [self.plans[layer] for layer in layers]
@@ -82,8 +89,12 @@ class TailRunner:
 
             return hook
 
-        with self._hooks({name: keep(name) for plan in plans for name in plan.read}):
-            recording = record_layers(self.model, images, {layer: self.modules[layer] for layer in layers})
+        changing = {name: _changing(change, len(images)) for name, change in (changes or {}).items()}
+        # a hook that changes an output comes before those that look at it
+        with self._hooks(changing), self._hooks({name: keep(name) for plan in plans for name in plan.read}):
+            own = {layer: self.modules[layer] for layer in layers}
+            kept = {plan.layer for plan in plans if not plan.in_place}
+            recording = record_layers(self.model, images, own, kept)
         return replace(recording, outputs=outputs)
 
     def run(
@@ -110,27 +121,42 @@ class TailRunner:
         later: Mapping[str, Change],
         look: Callable[[str, Tensor], None],
     ) -> Tensor:
-        images = recording.images.index_select(0, rows)
-
-        def changing(change: Change) -> Callable[..., Tensor]:
-            def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-                return change(by_image(args[0], len(images)), by_image(out, len(images))).reshape(out.shape)
-
-            return hook
+        if plan.images:
+            images = recording.images.index_select(0, rows)
+            look("", images)
+        else:  # nobody reads them
+            images = recording.images[:1].expand(len(rows), *recording.images.shape[1:])
 
         def given(x: Tensor, *_: Any, **__: Any) -> Tensor:
-            ordered = in_order_of(recording.y[plan.layer], y)
+            ordered = in_order_of(recording.y[plan.layer], y.clone() if plan.in_place else y)
             return ordered if len(x) == len(y) else ordered.flatten(0, 1)
 
+        whole = len(rows) == len(recording.images) and rows.tolist() == list(range(len(rows)))
         replaced: dict[str, Callable[..., Any]] = {plan.layer: given}
+        blanks = self._blank(plan, len(rows), rows.device) if plan.calls else {}
         for name, calls in plan.calls.items():
-            kept = recording.outputs[name] if name in plan.read else None
-            replaced[name] = _replay(name, calls, kept, rows, look)
-        # Where there are hooks, PyTorch's encoder layer runs its layers one by one, and not by a path of its own that
-        # never calls them: so it does in the recorded pass.
-        hooks = {**dict.fromkeys(recording.y, _look_on), **{name: changing(change) for name, change in later.items()}}
+            if name in plan.read:
+                leaves = chosen(calls, recording.outputs[name], rows, shared=whole and name not in plan.copied)
+            else:
+                leaves = iter(blanks[name])
+            replaced[name] = replay(name, calls, leaves, look)
+        hooks: dict[str, Callable[..., Any]] = dict.fromkeys(recording.y, _look_on) if self._looks_on else {}
+        hooks |= {name: _changing(change, len(images)) for name, change in later.items()}
         with self._hooks(hooks), self._forwards(replaced):
             return self.model(images)
+
+    def _blank(self, plan: TailPlan, images: int, device: torch.device) -> dict[str, list[list[Any]]]:
+        """Of every replayed module the leaves of each call's output, without contents where they are tensors. Kept: in
+        a short tail making them takes longer than the tail."""
+        key = (plan.layer, images, device)
+        if key not in self._blanks:
+            if len(self._blanks) >= _BLANKS_KEPT:
+                self._blanks.pop(next(iter(self._blanks)))
+            self._blanks[key] = {
+                name: [[blank(leaf, images, device) for leaf in call.leaves] for call in calls]
+                for name, calls in plan.calls.items()
+            }
+        return self._blanks[key]
 
     def _tried(self, plan: TailPlan, recording: Recording) -> TailPlan:
         """The plan that holds: one that records only what is read, or everything, or a full re-run.
@@ -141,11 +167,12 @@ class TailRunner:
             with _Reads() as reads:
                 holds = self._holds(plan, recording, [1], reads.watch)
             if holds:
-                slim = replace(plan, read=plan.read & reads.found, copied=plan.copied & reads.found)
+                read, copied = plan.read & reads.found, plan.copied & reads.found
+                slim = replace(plan, read=read, copied=copied, images="" in reads.found)
                 for tried in (slim, plan):
                     if self._holds(tried, recording, [0, 1]):
                         return tried
-        full = TailPlan(plan.layer, FULL)
+        full = TailPlan(plan.layer, FULL, in_place=plan.in_place)
         if not all(self._holds(full, recording, rows) for rows in ([1], [0, 1])):
             raise LayerError(
                 f"{plan.layer} cannot be split: given another output of it, the model does not answer as it does where "
@@ -196,16 +223,18 @@ class TailRunner:
                     module.__dict__["forward"] = earlier
 
 
-def record_layers(model: nn.Module, images: Tensor, layers: Mapping[str, nn.Module]) -> Recording:
+def record_layers(
+    model: nn.Module, images: Tensor, layers: Mapping[str, nn.Module], untouched: Set[str] = frozenset()
+) -> Recording:
     """A forward pass of the untouched model that keeps input and output of some of its layers, and no more: enough to
-    look at features, not for tails."""
+    look at features, not for tails. untouched: layers of which neither is changed in place later on; of others copies
+    are kept."""
     recording = Recording(images, images)
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, out: Tensor) -> None:
-            # copies: glue code may change either in place later (`y += x`)
-            recording.x[name] = by_image(args[0].clone(), len(images))
-            recording.y[name] = by_image(out.clone(), len(images))
+            x, y = (args[0], out) if name in untouched else (args[0].clone(), out.clone())
+            recording.x[name], recording.y[name] = by_image(x, len(images)), by_image(y, len(images))
 
         return hook
 
@@ -223,6 +252,15 @@ def _hooks(hooks: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _changing(change: Change, images: int) -> Callable[..., Tensor]:
+    """A hook that replaces a layer's output."""
+
+    def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return change(by_image(args[0], images), by_image(out, images)).reshape(out.shape)
+
+    return hook
 
 
 def _other(y: Tensor) -> Tensor:
@@ -251,28 +289,3 @@ class _Reads(TorchDispatchMode):
             if id(leaf) in self._watched:
                 self.found.add(self._watched[id(leaf)][0])
         return func(*args, **(kwargs or {}))
-
-
-def _replay(
-    name: str,
-    calls: tuple[CallOutput, ...],
-    kept: list[list[Tensor]] | None,
-    rows: Tensor,
-    look: Callable[[str, Tensor], None],
-) -> Callable[..., Any]:
-    """A forward that returns what the module did, call by call, for the chosen rows. kept: the tensors of each call of
-    a recorded pass; None where nobody reads them."""
-    remaining = iter(calls)
-
-    def forward(*_: Any, **__: Any) -> Any:
-        call = next(remaining)
-        tensors = iter(kept[call.number]) if kept is not None else None
-        leaves = []
-        for leaf in call.leaves:
-            if isinstance(leaf, OutputRows):
-                leaf = leaf.blank(len(rows), rows.device) if tensors is None else leaf.choose(next(tensors), rows)
-                look(name, leaf)
-            leaves.append(leaf)
-        return tree_unflatten(leaves, call.structure)
-
-    return forward

@@ -68,7 +68,8 @@ class TailPlan:
     calls: for every module that is replayed instead of run, what its calls return, those left out that other replayed
     modules would have made. read: of these modules, those whose
     outputs anything that still runs reads; only they are recorded. copied: of those, the ones whose outputs are changed
-    in place later on.
+    in place later on. images: whether anything that still runs reads the images. in_place: whether the layer's own
+    input or output is changed in place later on.
     """
 
     layer: str
@@ -76,6 +77,8 @@ class TailPlan:
     calls: Mapping[str, tuple[CallOutput, ...]] = field(default_factory=dict)
     read: frozenset[str] = frozenset()
     copied: frozenset[str] = frozenset()
+    images: bool = True
+    in_place: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -108,8 +111,20 @@ def draft_plans(model: nn.Module, layers: list[str], images: Tensor, exchanged: 
     def second(name: str, out: Any) -> None:
         after.setdefault(name, []).append(_Leaves(out))
 
-    with _watching(wanted, first):
-        model(images)
+    own_tensors: dict[str, list[tuple[Any, list[int]]]] = {layer: [] for layer in layers}
+
+    def own(layer: str) -> Hook:
+        return lambda _, args, out: own_tensors[layer].append(((args, out), _versions((args, out))))
+
+    handles = [modules[layer].register_forward_hook(own(layer)) for layer in layers]
+    try:
+        with _watching(wanted, first):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    in_place = {layer: any(_versions(kept) != before for kept, before in own_tensors[layer]) for layer in layers}
+    own_tensors.clear()
     changed = {name for name, calls in outputs.items() if [_versions(out) for out in calls] != versions[name]}
     outputs.clear()
     with _watching(wanted, second):
@@ -122,11 +137,18 @@ def draft_plans(model: nn.Module, layers: list[str], images: Tensor, exchanged: 
     plans = {}
     for layer in layers:
         replayed = {name for name in finished[layer] if name in calls}
-        own = {
+        replays = {
             name: tuple(call for call in calls[name] if not callers[name][call.number] & replayed)
             for name in sorted(replayed)
         }
-        plans[layer] = TailPlan(layer, REPLAY if own else FULL, own, frozenset(own), frozenset(own) & changed)
+        plans[layer] = TailPlan(
+            layer,
+            REPLAY if replays else FULL,
+            replays,
+            frozenset(replays),
+            frozenset(replays) & changed,
+            in_place=in_place[layer],
+        )
     return plans
 
 

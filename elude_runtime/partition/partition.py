@@ -50,10 +50,10 @@ class Partition:
         named = self.concept[token_type][self.concept[token_type] != REST_CONCEPT]
         return int(named.max()) + 1 if named.numel() else 0
 
-    def slots(self, token_type: int) -> Tensor:
-        """int64 [d, n]: the slot (0..M, M = rest) on the axis M + 1 for every edge."""
-        edges = self.edges[token_type].long()
-        return torch.where(edges == REST_EDGE, self.subunits, edges)
+    def slots(self, token_type: int, neurons: Tensor | None = None) -> Tensor:
+        """int64 [d, n]: the slot (0..M, M = rest) on the axis M + 1 for every edge; [F, n] of chosen neurons."""
+        edges = self.edges[token_type] if neurons is None else self.edges[token_type, neurons]
+        return torch.where(edges == REST_EDGE, self.subunits, edges.long())
 
     def concept_slots(self, token_type: int) -> Tensor:
         """int64 [d, M + 1]: the concept of every sub-unit, `rest` as the last index K."""

@@ -45,7 +45,7 @@ def subunit_weight(
     weight: Tensor, partition: Partition, token_type: int, neurons: Tensor, slots: Tensor, groups: int = 1
 ) -> Tensor:
     """The read-out of chosen sub-units: neurons int64 [F], slots int64 [F] (M = rest) -> [F, groups * n, q]."""
-    mask = partition.slots(token_type)[neurons] == slots[:, None]
+    mask = partition.slots(token_type, neurons) == slots[:, None]
     rows = weight[neurons] * mask[..., None].to(weight.dtype)
     return full_width(rows, neuron_groups(weight.shape[0], groups, weight.device)[neurons], groups)
 

@@ -268,7 +268,8 @@ def test_heatmaps_are_the_activations_on_the_grid(rewritten: Rewritten) -> None:
         assert f.heatmap is not None and f.heatmap.shape == layout.grid
         expected = acts[layout.prefix :, names.index(f.feature.name)].reshape(layout.grid)
         np.testing.assert_allclose(f.heatmap, expected, rtol=1e-3, atol=1e-4)
-    assert all(f.heatmap is None for f in explained(r, layer, TARGETS[0], method="gradient").features)
+    plain = explained(r, layer, TARGETS[0], method="gradient")
+    assert all(f.heatmap is None and f.pixels is None for f in plain.features) and plain.edit_attribution is None
 
 
 def test_default_target_and_method(vit: Rewritten) -> None:
@@ -295,6 +296,22 @@ def test_a_model_without_a_head(headless: Rewritten) -> None:
     expected = float(headless.base(headless.images[:1])[0].detach() @ torch.tensor(direction))
     assert found.value == pytest.approx(expected, rel=1e-5)
     assert abs(found.layers[0].completeness_error or 0) < 0.02 * max(0.1, abs(found.value - found.layers[0].baseline))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["gradient", "integrated_gradients", "ablation"])
+def test_models_of_half_precision(vit: Rewritten, dtype: torch.dtype, method: str) -> None:
+    half = copy.deepcopy(vit.model)
+    half.base.to(dtype)
+    found = half.explain(vit.images[:1].to(dtype), [TARGETS[0]], method=method, top_features=ALL, pixels=True)[0][0]
+    full = vit.model.explain(vit.images[:1], [TARGETS[0]], method=method, top_features=ALL, pixels=True)[0][0]
+    for layer, expected in zip(found.layers, full.layers, strict=True):
+        ours, theirs = ({f.feature: f for f in e.features} for e in (layer, expected))
+        largest = expected.features[0]
+        assert ours[largest.feature].attribution == pytest.approx(largest.attribution, rel=0.15)
+        assert ours[largest.feature].activation == pytest.approx(largest.activation, rel=0.15)
+        spread = sum((ours[f].attribution - theirs[f].attribution) ** 2 for f in ours.keys() & theirs.keys())
+        assert spread < 0.15**2 * sum(f.attribution**2 for f in theirs.values())
 
 
 def test_no_graph_is_kept(vit: Rewritten) -> None:

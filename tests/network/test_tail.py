@@ -233,6 +233,60 @@ def test_only_what_is_read_is_recorded() -> None:
     check_tails(runner, model, images)
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_images_are_gathered_only_where_something_reads_them(reads: bool) -> None:
+    class Brighter(Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Flatten(), self.stem)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            for block in self.blocks:
+                h = block(h)
+            y = self.head(h + self.layer(h).tanh())
+            return y * x.mean((1, 2, 3))[:, None] if reads else y
+
+    model = Brighter()
+    runner, images = runner_of(model)
+    assert runner.plans["layer"].mode == REPLAY and runner.plans["layer"].images == reads
+    assert runner.plans["layer"].read == {"blocks.2"}
+    check_tails(runner, model, images)
+
+
+def test_tails_of_any_number_of_rows_one_after_the_other() -> None:
+    """What nobody reads is kept from tail to tail, for each number of rows."""
+    model = Chain()
+    runner, images = runner_of(model)
+    recording = runner.record(images, ["layer"])
+    for count in (1, 3, 1, 4, *range(1, 90)):
+        rows = torch.arange(count) % 4
+        changed = recording.y["layer"][rows] + 1
+        expected = forward_with(model, images[rows], {"layer": lambda x, y, changed=changed: changed})
+        torch.testing.assert_close(runner.run(recording, "layer", changed, rows), expected, rtol=1e-4, atol=1e-5)
+    assert len(runner._blanks) <= 64
+
+
+def test_a_pass_recorded_with_changes(case: tuple) -> None:
+    """Changed outputs reach later layers and what is recorded of them; its own null tails are that pass."""
+    layer, later, model, runner, images, recording = case
+
+    def change(x: Tensor, y: Tensor) -> Tensor:
+        return 1.5 * y - 0.3 * x.mean().abs() - 0.3
+
+    with torch.no_grad():
+        changed = runner.record(images, [layer, later], {layer: change})
+        expected = forward_with(model, images, {layer: change})
+        assert torch.equal(changed.logits, expected) and not torch.allclose(expected, recording.logits, atol=1e-3)
+        assert torch.equal(changed.x[layer], recording.x[layer])
+        assert torch.equal(changed.y[layer], change(recording.x[layer], recording.y[layer]))
+        for name in (layer, later):
+            mode = {} if name == layer or runner.plans[name].mode == REPLAY else {layer: change}
+            again = runner.run(changed, name, changed.y[name].clone(), torch.arange(len(images)), mode)
+            assert torch.equal(again, changed.logits)
+    assert hook_count(model) == 0
+
+
 def test_an_output_that_is_changed_in_place_later_is_copied() -> None:
     class InPlace(Chain):
         def forward(self, x: Tensor) -> Tensor:
@@ -245,6 +299,27 @@ def test_an_output_that_is_changed_in_place_later_is_copied() -> None:
     runner, images = runner_of(model)
     assert runner.plans["layer"].mode == REPLAY and runner.plans["layer"].copied == {"stem"}
     check_tails(runner, model, images)
+
+
+@pytest.mark.parametrize("changed", ["input", "output", "neither"])
+def test_a_layers_own_input_and_output_are_copied_where_they_are_changed_later(changed: str) -> None:
+    class InPlace(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x.flatten(1)).tanh()
+            y = self.layer(h)
+            z = h if changed == "input" else y if changed == "output" else y.clone()
+            z += 1
+            return self.head((h * y).tanh())
+
+    model = InPlace()
+    runner, images = runner_of(model)
+    assert runner.plans["layer"].in_place == (changed != "neither")
+    seen: list[Tensor] = []
+    forward_with(model, images, {"layer": lambda x, y: seen.extend([x.clone(), y.clone()]) or y})
+    recording = runner.record(images, ["layer"])
+    assert torch.equal(recording.x["layer"], seen[0]) and torch.equal(recording.y["layer"], seen[1])
+    check_tails(runner, model, images)
+    assert torch.equal(recording.y["layer"], seen[1])
 
 
 @pytest.mark.parametrize("order", [(0, 2, 3, 1), (0, 3, 2, 1)], ids=["channels last", "transposed too"])
@@ -373,6 +448,22 @@ def test_planning_works_in_inference_mode() -> None:
     y = recording.y["layer"].clone().requires_grad_()
     out = runner.run(recording, "layer", y, torch.arange(4))
     assert torch.autograd.grad(out.sum(), y)[0].abs().sum() > 0
+
+
+def test_replayed_outputs_of_inference_mode_enter_a_graph() -> None:
+    class Product(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x.flatten(1))
+            return self.head(h * self.layer(h))
+
+    model = Product()
+    runner, images = runner_of(model)
+    with torch.inference_mode():
+        recording = runner.record(images, ["layer"])
+    y = recording.y["layer"].clone().requires_grad_()
+    out = runner.run(recording, "layer", y, torch.arange(4))
+    (gradient,) = torch.autograd.grad(out.sum(), y)
+    torch.testing.assert_close(gradient, model.stem(images.flatten(1)) * model.head.weight.sum(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,0 +1,229 @@
+"""One batch's way through the model: one forward pass for all, tails only for the rows that asked for more."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from elude_runtime.analysis.activations import FeatureActivation, feature_activations
+from elude_runtime.analysis.attribution import ExplainOptions, ExplainRequest, Explanation
+from elude_runtime.analysis.explain_batch import explain_batch
+from elude_runtime.analysis.features import Feature
+from elude_runtime.analysis.model import EludeModel
+from elude_runtime.analysis.steering import SteeredRow, SteeringPlan, record_steered, steer_batch
+from elude_runtime.api.intake import Question
+from elude_runtime.api.policies import Rule
+from elude_runtime.api.problems import Problem
+from elude_runtime.api.schema.request import Explain
+from elude_runtime.api.targets import TargetReader
+from elude_runtime.network.tail import Recording
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """One image on its way through a batch: what is asked, and what was found so far.
+
+    explained: layers to explain; rules: policies in force; plan, shadow: edits, where there are any; places: what each
+    part of the plan is called; activated:
+    features whose activations are asked for; work: in predictions, beside the prediction itself. problem: ends the way.
+    """
+
+    question: Question
+    identity: str
+    request_id: str
+    tensor: Tensor
+    explained: list[str]
+    rules: list[Rule]
+    plan: SteeringPlan | None
+    places: list[str]
+    shadow: SteeringPlan | None
+    activated: list[Feature]
+    work: float
+    timing: dict[str, float] = field(default_factory=dict)
+    row: int = -1
+    output: Tensor | None = None
+    explanations: list[Explanation] | None = None
+    steered: SteeredRow | None = None
+    steered_explanations: list[Explanation] | None = None
+    shadowed: SteeredRow | None = None
+    activations: list[FeatureActivation] | None = None
+    problem: Problem | None = None
+
+    @property
+    def idle(self) -> Iterator[tuple[Literal["no-token-in-scope", "condition-not-met", "no-effect"], str]]:
+        """Codes and sentences for the edits and vectors that did not act."""
+        if self.plan is None or self.steered is None:
+            return
+        for part, place, acted in zip(self.plan.parts, self.places, self.steered.applied, strict=True):
+            if acted:
+                continue
+            if not bool(part.tokens.any()):
+                yield "no-token-in-scope", f"{place}: its box or mask meets nothing of what the model saw."
+            elif part.when is not None:
+                yield "condition-not-met", f"{place}: its condition on {part.when.feature} does not hold on this image."
+            else:
+                yield "no-effect", f"{place}: it changes nothing on this image."
+
+    @property
+    def layers(self) -> set[str]:
+        """Layers whose inputs and outputs it needs."""
+        needed = {*self.explained, *(feature.layer for feature in self.activated)}
+        for plan in (self.plan, self.shadow):
+            needed |= set(plan.layers) if plan else set()
+        return needed
+
+
+@contextmanager
+def guarded(job: Job) -> Iterator[None]:
+    """Whatever is raised inside becomes this job's problem, and nobody else's."""
+    try:
+        yield
+    except Problem as problem:
+        job.problem = problem
+    except Exception:
+        logger.exception("request %s failed", job.request_id)
+        job.problem = internal_error()
+
+
+def internal_error() -> Problem:
+    return Problem("internal-error", "The server failed on this request; its log has the reason.")
+
+
+def run_batch(model: EludeModel, targets: TargetReader, jobs: Sequence[Job]) -> None:
+    """Answer all jobs; the results stand on them. Those of one layer share tails."""
+    with _timed(jobs, "forward"):
+        recording = _forward(model, jobs)
+    for job in jobs:
+        job.output = recording.logits[job.row]
+        if not bool(torch.isfinite(job.output).all()):
+            detail = "The model's output for this image is not finite; the image may be extreme."
+            job.problem = Problem("non-finite-output", detail)
+    _together([j for j in jobs if j.plan], "steer", lambda chosen: _steer(model, recording, chosen))
+    _together([j for j in jobs if j.shadow], "shadow", lambda chosen: _shadow(model, recording, chosen))
+    asking = [j for j in jobs if j.question.request.explain is not None]
+    _together(asking, "explain", lambda chosen: _explain(model, targets, recording, chosen))
+    both = [j for j in asking if j.plan]
+    _together(both, "explain_steered", lambda chosen: _explain_steered(model, targets, recording, chosen))
+    asking = [j for j in jobs if j.activated]
+    _together(asking, "activations", lambda chosen: _activations(model, recording, chosen))
+
+
+def _together(jobs: Sequence[Job], stage: str, work: Callable[[Sequence[Job]], None]) -> None:
+    """Run the work for all jobs that have no problem. Should it fail, each is tried alone, so that the guilty one does
+    not take its neighbours with it."""
+    jobs = [job for job in jobs if job.problem is None]
+    if not jobs:
+        return
+    with _timed(jobs, stage):
+        if len(jobs) > 1:
+            try:
+                work(jobs)
+                return
+            except Exception:
+                logger.exception("a batch of %d failed at %s; each is tried alone", len(jobs), stage)
+        for job in jobs:
+            with guarded(job):
+                work([job])
+
+
+@contextmanager
+def _timed(jobs: Sequence[Job], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    for job in jobs:
+        job.timing[stage] = milliseconds(started)
+
+
+def milliseconds(since: float) -> float:
+    return math.floor((time.perf_counter() - since) * 1e5) / 100
+
+
+def _forward(model: EludeModel, jobs: Sequence[Job]) -> Recording:
+    """One pass for all; what tails need is kept for the layers that any job asks for."""
+    parameter = next(model.base.parameters())
+    images = torch.stack([job.tensor for job in jobs]).to(parameter.device, parameter.dtype)
+    needed = {layer for job in jobs for layer in job.layers}
+    for row, job in enumerate(jobs):
+        job.row = row
+    return model.record(images, [layer for layer in model.layers if layer in needed])
+
+
+def _steer(model: EludeModel, recording: Recording, jobs: Sequence[Job]) -> None:
+    found = steer_batch(model, recording, [j.row for j in jobs], [j.plan for j in jobs if j.plan])
+    for job, steered in zip(jobs, found, strict=True):
+        job.steered = _finite(job, steered)
+
+
+def _shadow(model: EludeModel, recording: Recording, jobs: Sequence[Job]) -> None:
+    found = steer_batch(model, recording, [j.row for j in jobs], [j.shadow for j in jobs if j.shadow])
+    for job, steered in zip(jobs, found, strict=True):
+        job.shadowed = steered if bool(torch.isfinite(steered.steered).all()) else None
+
+
+def _finite(job: Job, steered: SteeredRow) -> SteeredRow:
+    if not bool(torch.isfinite(steered.steered).all()):
+        job.problem = Problem("non-finite-output", "The steered output is not finite; use smaller values.")
+    return steered
+
+
+def _explain(model: EludeModel, targets: TargetReader, recording: Recording, jobs: Sequence[Job]) -> None:
+    asked = []
+    for job in jobs:
+        assert job.output is not None
+        asked.append(_asked(job, job.row, targets, job.output))
+    for job, found in zip(jobs, explain_batch(model, recording, asked), strict=True):
+        job.explanations = found
+
+
+def _explain_steered(model: EludeModel, targets: TargetReader, recording: Recording, jobs: Sequence[Job]) -> None:
+    """The steered answers explained, from a recorded pass with the edits in place."""
+    layers = [layer for layer in model.layers if any(layer in job.explained for job in jobs)]
+    plans = [job.plan for job in jobs if job.plan]
+    steered, changes = record_steered(model, recording, [job.row for job in jobs], plans, layers)
+    asked = []
+    for row, job in enumerate(jobs):
+        one = _asked(job, row, targets, steered.logits[row])
+        change = {layer: added[row] for layer, added in changes.items()}  # tails hold later layers' edits too
+        asked.append(ExplainRequest(one.row, one.targets, one.layers, one.options, change))
+    for job, found in zip(jobs, explain_batch(model, steered, asked), strict=True):
+        job.steered_explanations = found
+
+
+def _asked(job: Job, row: int, targets: TargetReader, output: Tensor) -> ExplainRequest:
+    explain = job.question.request.explain
+    assert explain is not None
+    return ExplainRequest(row, targets.resolve(explain, output), job.explained, explain_options(explain))
+
+
+def explain_options(explain: Explain) -> ExplainOptions:
+    return ExplainOptions(
+        explain.method,
+        explain.steps,
+        explain.level,
+        explain.top_features,
+        explain.sign,
+        heatmaps=explain.heatmaps != "none",
+        pixels=explain.pixels,
+    )
+
+
+def _activations(model: EludeModel, recording: Recording, jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        asked = job.question.request.activations
+        assert asked is not None
+        found: dict[Feature, FeatureActivation] = {}
+        for layer in {feature.layer for feature in job.activated}:
+            ours = [feature for feature in job.activated if feature.layer == layer]
+            made = feature_activations(model.state(layer), recording, job.row, ours, asked.reduce)
+            found.update(zip(ours, made, strict=True))
+        job.activations = [found[feature] for feature in job.activated]

@@ -1,0 +1,134 @@
+"""KServe's protocols, version 1 and 2: their envelopes opened into questions, and closed around the answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from elude_runtime.api.config import ServingConfig
+from elude_runtime.api.intake import Question, from_base64, read_image, read_question, read_request, validated
+from elude_runtime.api.problems import Problem, at
+from elude_runtime.api.schema.json_text import JSONError, parse_json
+from elude_runtime.api.schema.kserve import V1Request, V2Reply, V2ReplyTensor, V2Request
+from elude_runtime.api.schema.reply import ModelInfo
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """questions: what is asked about each image, or what is wrong with it; close: the body around the documents (JSON
+    text) of the answers, in the same order; place: of the images in the document. whole: one problem is the whole
+    request's."""
+
+    questions: list[Question | Problem]
+    close: Callable[[Sequence[str], Sequence[list[float]]], str]
+    place: list[str | int]
+    whole: bool
+
+
+def is_kserve(document: Any) -> bool:
+    return isinstance(document, dict) and ("instances" in document or "inputs" in document)
+
+
+def open_envelope(
+    document: dict[str, Any], config: ServingConfig, info: ModelInfo, input_size: tuple[int, int, int], *, explain: bool
+) -> Envelope:
+    """Raises Problem where the envelope itself is wrong."""
+    if "instances" in document:
+        return _open_v1(document, config, explain=explain)
+    return _open_v2(document, config, info, input_size, explain=explain)
+
+
+def _open_v1(document: dict[str, Any], config: ServingConfig, *, explain: bool) -> Envelope:
+    instances = validated(V1Request, document).instances
+    _few_enough(len(instances), config)
+    questions: list[Question | Problem] = []
+    for instance in instances:
+        try:
+            one = {"image": instance} if set(instance) == {"b64"} else instance
+            questions.append(read_question(one, None, config, explain=explain))
+        except Problem as problem:
+            questions.append(problem)
+    return Envelope(
+        questions, lambda documents, _: '{"predictions":[' + ",".join(documents) + "]}", ["instances"], whole=False
+    )
+
+
+def _open_v2(
+    document: dict[str, Any], config: ServingConfig, info: ModelInfo, input_size: tuple[int, int, int], *, explain: bool
+) -> Envelope:
+    asked = validated(V2Request, document)
+    given = asked.inputs[0]
+    _few_enough(given.shape[0], config)
+    template: Any = (asked.parameters.elude if asked.parameters else None) or {}
+    if isinstance(template, str):
+        try:
+            template = parse_json(template.encode(), config.max_json_depth)
+        except JSONError as error:
+            raise Problem("not-json", f"parameters.elude: {error}", at(["parameters", "elude"], "not JSON")) from error
+    request = read_request(template, explain=explain)
+    if request.image is not None:
+        raise Problem("invalid-document", "parameters.elude: the images stand in `inputs`; leave `image` out.")
+    if asked.id is not None and request.id is None:
+        request = request.model_copy(update={"id": asked.id})
+    images: list[Any]
+    if given.datatype == "BYTES":
+        if len(given.shape) != 1 or len(given.data) != given.shape[0]:
+            raise _wrong_shape(f"BYTES of shape [N] have N images in base64, and there are {len(given.data)}")
+        if not all(isinstance(text, str) for text in given.data):
+            raise Problem("invalid-document", "inputs.0.data: BYTES are images in base64, as JSON strings.")
+        encoded = [from_base64(text, ["inputs", 0, "data", n]) for n, text in enumerate(given.data)]
+        images = [read_image(one, config) for one in encoded]
+    else:
+        images = list(_tensor(given.data, given.shape, input_size))
+    questions: list[Question | Problem] = [Question(request, image) for image in images]
+    names = [one.name for one in asked.outputs] if asked.outputs else ["logits", "elude"]
+
+    def close(documents: Sequence[str], logits: Sequence[list[float]]) -> str:
+        found = {
+            "logits": ("FP32", [len(logits), len(logits[0])], [v for row in logits for v in row]),
+            "elude": ("BYTES", [len(documents)], list(documents)),
+        }
+        outputs = [
+            V2ReplyTensor(name=n, datatype=found[n][0], shape=found[n][1], data=found[n][2])  # type: ignore[arg-type]
+            for n in names
+        ]
+        identity = asked.id or str(json.loads(documents[0])["id"])
+        reply = V2Reply(model_name=info.name, model_version=info.version, id=identity, outputs=outputs)
+        return reply.model_dump_json()
+
+    return Envelope(questions, close, ["inputs", 0, "data"], whole=True)
+
+
+def _tensor(data: list[Any], shape: list[int], input_size: tuple[int, int, int]) -> torch.Tensor:
+    """Normalised images float32 [N, 3, H, W], from flat or nested numbers. Problem where they do not fit the model."""
+    wanted = [shape[0], *input_size]
+    if shape != wanted:
+        raise _wrong_shape(f"FP32 images of this model have the shape [N, {', '.join(map(str, input_size))}]")
+    flat = data
+    for _ in shape[1:]:
+        if flat and isinstance(flat[0], list):
+            if not all(isinstance(part, list) for part in flat):
+                raise _wrong_shape("the data are nested unevenly")
+            flat = [value for part in flat for value in part]
+    if len(flat) != math.prod(shape):
+        raise _wrong_shape(f"the shape asks for {math.prod(shape)} numbers, and there are {len(flat)}")
+    if not all(type(value) in (float, int) for value in flat):
+        raise Problem("invalid-document", "inputs.0.data: FP32 data are numbers.", at(["inputs", 0, "data"], "numbers"))
+    made = torch.tensor(flat, dtype=torch.float64).float()
+    if not bool(torch.isfinite(made).all()):
+        raise Problem("invalid-document", "inputs.0.data: a number is too large for FP32.")
+    return made.view(wanted)
+
+
+def _wrong_shape(reason: str) -> Problem:
+    return Problem("invalid-document", f"inputs.0.shape: {reason}.", at(["inputs", 0, "shape"], reason))
+
+
+def _few_enough(images: int, config: ServingConfig) -> None:
+    if images > config.max_instances:
+        raise Problem("limit-exceeded", f"The request has {images} images, the limit is {config.max_instances}.")

@@ -1,0 +1,143 @@
+"""Policies on a server: which there are, which are in force by the operator's word, and the audit of both.
+
+None is in force unless a request names it or the operator sets a default. ELUDE_POLICIES_OFF=1 turns all of them off at
+the next start of a worker, whatever archive and configuration say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from elude_runtime.analysis.edits import Steering
+from elude_runtime.analysis.model import EludeModel
+from elude_runtime.api.changes import plan, steering_of
+from elude_runtime.api.config import ConfigError, ServingConfig
+from elude_runtime.api.problems import Problem, at, invalid_document
+from elude_runtime.api.schema.operations import PolicyInfo
+from elude_runtime.api.schema.request import Policy
+from elude_runtime.checkpoint.manifest import canonical_json
+from elude_runtime.checkpoint.vectors import StoredVector
+from elude_runtime.errors import closest
+
+audit = logging.getLogger("elude_runtime.audit")
+Mode = Literal["default", "shadow", "on request", "off"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One policy as this server holds it. since: when it took it up, UTC; layers: that it edits."""
+
+    name: str
+    policy: Policy
+    sha256: str
+    steering: Steering
+    mode: Mode
+    since: str
+
+    def info(self) -> PolicyInfo:
+        return PolicyInfo(
+            name=self.name,
+            sha256=self.sha256,
+            mode=self.mode,
+            since=self.since,
+            edits=len(self.policy.edits),
+            vectors=len(self.policy.vectors),
+            description=self.policy.description,
+        )
+
+
+class PolicyBook:
+    """The policies of a checkpoint and of its server's configuration, each tried on the model before it is used."""
+
+    def __init__(
+        self,
+        model: EludeModel,
+        config: ServingConfig,
+        stored: Mapping[str, Mapping[str, Any]],
+        vectors: Mapping[str, StoredVector],
+    ) -> None:
+        """stored: the checkpoint's own, by name; the configuration's go before them. ConfigError for one that is not
+        there, does not validate, or was made for another partition."""
+        self.off = config.policies_off
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        known = {name: validated_policy(name, document)[0] for name, document in stored.items()} | config.policies
+        for name in (*config.default_policies, *config.shadow_policies):
+            if name not in known:
+                raise ConfigError(
+                    f"The configuration puts the policy {name!r} in force, and there is none of that name; there are "
+                    f"{', '.join(known) or 'none'}."
+                )
+        self.rules: dict[str, Rule] = {}
+        for name, policy in known.items():
+            mode: Mode = "default" if name in config.default_policies else "on request"
+            mode = "shadow" if name in config.shadow_policies else mode
+            mode = "off" if self.off else mode
+            steering = _tried(model, name, policy, vectors)
+            self.rules[name] = Rule(name, policy, _sha256(policy), steering, mode, since)
+        self.defaults = [self.rules[name] for name in config.default_policies if not self.off]
+        self.shadows = [self.rules[name] for name in config.shadow_policies if not self.off]
+        for rule in (*self.defaults, *self.shadows):
+            audit.info("policy %s sha256 %s in force (%s) since %s", rule.name, rule.sha256, rule.mode, rule.since)
+        if self.off and (config.default_policies or config.shadow_policies):
+            audit.info("all policies are off since %s", since)
+
+    def named(self, names: list[str]) -> list[Rule]:
+        """The policies in force for a request that names these: the operator's defaults first, each once."""
+        found = {rule.name: rule for rule in self.defaults}
+        for number, name in enumerate(names):
+            if name not in self.rules:
+                raise Problem(
+                    "unknown-policy",
+                    f"There is no policy {name!r}; `describe` lists those there are.",
+                    at(["steer", "policies", number], "unknown policy", closest(name, self.rules)),
+                )
+            if not self.off:
+                found[name] = self.rules[name]
+        return list(found.values())
+
+    @staticmethod
+    def record(identity: str, rules: list[Rule]) -> None:
+        """An audit line for an answer that policies were in force for. identity is of safe characters."""
+        for rule in rules:
+            audit.info(
+                "answer %s under policy %s sha256 %s (%s) since %s",
+                identity, rule.name, rule.sha256, rule.mode, rule.since,
+            )  # fmt: skip
+
+
+def validated_policy(name: str, document: Mapping[str, Any]) -> tuple[Policy, str]:
+    """A policy and its SHA-256, over what it says in canonical JSON: the identity that audit lines name. ConfigError
+    for a document that is none."""
+    try:
+        policy = Policy.model_validate(dict(document))
+    except ValidationError as error:
+        problem = invalid_document(error, document)
+        raise ConfigError(f"The policy {name!r} cannot be used ({problem.detail[:-1]}); set it again.") from error
+    return policy, _sha256(policy)
+
+
+def _tried(model: EludeModel, name: str, policy: Policy, vectors: Mapping[str, StoredVector]) -> Steering:
+    """The policy's steering, planned once on the model so that no request meets its mistakes."""
+    served = model.manifest.partition_sha256
+    if policy.partition_sha256 != served:
+        raise ConfigError(
+            f"The policy {name!r} was made for partition {policy.partition_sha256[:12]}…, the checkpoint served has "
+            f"{served[:12]}…; its features mean something else here, so make the policy again for this checkpoint."
+        )
+    try:
+        steering = steering_of(policy, vectors, policy.when)
+        plan(model, [steering])
+    except Problem as problem:
+        raise ConfigError(f"The policy {name!r} cannot be used: {problem.detail}") from problem
+    return steering
+
+
+def _sha256(policy: Policy) -> str:
+    return hashlib.sha256(canonical_json(policy.model_dump(mode="json", exclude_unset=True))).hexdigest()
