@@ -92,7 +92,8 @@ class _Side:
         state = model.state(layer)
         slices = [state.layout.slices[t] for t in state.live_types]
         found: list[NDArray[np.float32]] = []
-        activation, output = 0.0, 0.0
+        activation: NDArray[np.float64] | float = 0.0
+        output: NDArray[np.float64] | float = 0.0
         for images in batches:
             recording = record_layer(model, images, layer)
             of_types = [a for _, a in concept_activations(state, recording.x[layer])]

@@ -16,7 +16,6 @@ from elude_runtime.checkpoint.storage import storage_error, write_json
 from elude_runtime.errors import CheckpointError, EludeError, StorageError
 
 VECTORS = "vectors"
-_FORMAT_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -101,7 +100,7 @@ def save_vector(directory: Path, vector: StoredVector, *, force: bool = False) -
     except OSError as error:
         raise storage_error(error, path) from error
     stored = _VectorFile(
-        format_version=_FORMAT_VERSION,
+        format_version=1,
         name=vector.name,
         layer=vector.layer,
         partition_sha256=vector.partition_sha256,

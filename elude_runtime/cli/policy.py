@@ -26,7 +26,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 @policy.command("list")
 def list_policies(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     """Name the policies of a checkpoint."""
-    found = [{"name": name, "sha256": _sha256(name, d), "policy": d} for name, d in _stored(checkpoint).items()]
+    found: list[dict[str, Any]] = [
+        {"name": name, "sha256": _sha256(name, d), "policy": d} for name, d in _stored(checkpoint).items()
+    ]
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -38,7 +40,7 @@ def list_policies(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     for heading in ("policy", "sha256", "edits", "vectors", "description"):
         table.add_column(heading, justify="right" if heading in ("edits", "vectors") else "left")
     for one in found:
-        document: Any = one["policy"]
+        document = one["policy"]
         parts = [str(len(document.get(key) or ())) for key in ("edits", "vectors")]
         table.add_row(one["name"], one["sha256"][:12], *parts, escape(document.get("description") or "-"))
     console.print(table)

@@ -60,8 +60,8 @@ def vector(
         for side, images in (("positive", positive), ("negative", negative))
     }
     with stages() as bar:
-        sides = [_batches(source, model.base, bar, f"{side} images") for side, source in sources.items()]
-        result = contrast(model, layer, *sides, top=top)
+        with_it, without = (_batches(s, model.base, bar, f"{side} images") for side, s in sources.items())
+        result = contrast(model, layer, with_it, without, top=top)
     path = None
     if save is not None:
         stored = StoredVector(
