@@ -122,7 +122,13 @@ class Engine:
         catalogue = read_catalogue(checkpoint)
         catalogue.facts("")  # read now, not under the first request
         partition = model.manifest.partition_sha256
-        stored = {} if config.policies_off else read_policies(checkpoint, partition)
+        try:
+            stored = read_policies(checkpoint, partition)
+        except CheckpointError as error:
+            if not config.policies_off:  # the switch has to work just when a policy is at fault
+                raise
+            logger.warning("%s", error)
+            stored = {}
         return cls(
             model,
             config,
@@ -246,7 +252,7 @@ class Engine:
         steered = plan(self.model, in_force, window, own=request.steer is not None) if in_force else None
         shadows = [rule.steering for rule in self.policies.shadows]
         shadow = plan(self.model, shadows, window) if shadows else None
-        work = self._work(request, explained, steered.edited if steered and request.steer else [])
+        work = self._work(request, explained, steered.edited if steered else [])
         check_work(work, self.config)
         image = question.image
         tensor = image if isinstance(image, Tensor) else self._input(image)
@@ -256,7 +262,8 @@ class Engine:
         )  # fmt: skip
 
     def _work(self, request: Request, explained: list[str], edited: Sequence[str]) -> float:
-        work = steer_work(edited, self.shares)
+        """In predictions. The operator's own policies cost nothing: a plain row is never too much work."""
+        work = steer_work(edited, self.shares) if request.steer is not None else 0.0
         if request.explain is not None:
             passes = explain_work(request.explain, explained, self.shares)
             work += passes + (passes + 1 if edited else 0)  # the steered answer is explained too, from its own pass

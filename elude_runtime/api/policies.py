@@ -1,7 +1,7 @@
 """Policies on a server: which there are, which are in force by the operator's word, and the audit of both.
 
 None is in force unless a request names it or the operator sets a default. ELUDE_POLICIES_OFF=1 turns all of them off at
-the next start of a worker, whatever archive and configuration say.
+the next start of a worker, whatever archive and configuration say; a policy that cannot be used stops no such start.
 """
 
 from __future__ import annotations
@@ -67,29 +67,40 @@ class PolicyBook:
         there, does not validate, or was made for another partition."""
         self.off = config.policies_off
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        known = {name: validated_policy(name, document)[0] for name, document in stored.items()} | config.policies
-        for name in (*config.default_policies, *config.shadow_policies):
-            if name not in known:
-                raise ConfigError(
-                    f"The configuration puts the policy {name!r} in force, and there is none of that name; there are "
-                    f"{', '.join(known) or 'none'}."
-                )
         self.rules: dict[str, Rule] = {}
-        for name, policy in known.items():
+        documents: dict[str, Mapping[str, Any] | Policy] = {**stored, **config.policies}
+        for name, document in documents.items():
             mode: Mode = "default" if name in config.default_policies else "on request"
             mode = "shadow" if name in config.shadow_policies else mode
             mode = "off" if self.off else mode
-            steering = _tried(model, name, policy, vectors)
-            self.rules[name] = Rule(name, policy, _sha256(policy), steering, mode, since)
-        self.defaults = [self.rules[name] for name in config.default_policies if not self.off]
-        self.shadows = [self.rules[name] for name in config.shadow_policies if not self.off]
+            try:
+                policy = document if isinstance(document, Policy) else validated_policy(name, document)[0]
+                self.rules[name] = Rule(
+                    name, policy, _sha256(policy), _tried(model, name, policy, vectors), mode, since
+                )
+            except ConfigError as error:
+                if not self.off:
+                    raise
+                audit.warning("%s It is off, like all policies.", error)
+        in_force = () if self.off else (*config.default_policies, *config.shadow_policies)
+        for name in in_force:
+            if name not in self.rules:
+                raise ConfigError(
+                    f"The configuration puts the policy {name!r} in force, and there is none of that name; there are "
+                    f"{', '.join(self.rules) or 'none'}."
+                )
+        self.defaults = [rule for rule in map(self.rules.get, config.default_policies) if rule and not self.off]
+        self.shadows = [rule for rule in map(self.rules.get, config.shadow_policies) if rule and not self.off]
         for rule in (*self.defaults, *self.shadows):
             audit.info("policy %s sha256 %s in force (%s) since %s", rule.name, rule.sha256, rule.mode, rule.since)
         if self.off and (config.default_policies or config.shadow_policies):
             audit.info("all policies are off since %s", since)
 
     def named(self, names: list[str]) -> list[Rule]:
-        """The policies in force for a request that names these: the operator's defaults first, each once."""
+        """The policies in force for a request that names these: the operator's defaults first, each once. Problem for
+        a name that is none, unless all are off: then clients go on as they are, and get the default answer."""
+        if self.off:
+            return []
         found = {rule.name: rule for rule in self.defaults}
         for number, name in enumerate(names):
             if name not in self.rules:
@@ -98,8 +109,7 @@ class PolicyBook:
                     f"There is no policy {name!r}; `describe` lists those there are.",
                     at(["steer", "policies", number], "unknown policy", closest(name, self.rules)),
                 )
-            if not self.off:
-                found[name] = self.rules[name]
+            found[name] = self.rules[name]
         return list(found.values())
 
     @staticmethod

@@ -22,7 +22,7 @@ from elude_runtime.api.config import ServingConfig
 from elude_runtime.api.engine import Answered, Engine
 from elude_runtime.api.intake import Row
 from elude_runtime.api.problems import PROBLEMS
-from elude_runtime.api.schema import ProblemDocument, Reply
+from elude_runtime.api.schema.reply import ProblemDocument, Reply
 from elude_runtime.errors import CheckpointError
 from elude_runtime.network.preprocessing import decode_image, to_input
 
@@ -153,34 +153,21 @@ BAD = [
         "response-too-large",
         document({"explain": {"targets": [{"top": 7}], "level": "subunits", "top_features": 200}}),
         "ask for fewer",
-        {"max_response_bytes": 10_000},
+        {"max_response_bytes": 10_000, "max_work": 10_000, "max_batch_work": 10_000},
     ),
     Bad(
         "non-finite-output",
         document({"steer": {"edits": [{"feature": P0, "mode": "scale", "value": 1e300}]}}),
         "smaller values",
     ),
-    Bad("not-implemented", raw(route="features"), "features"),
-    Bad("not-implemented", document({"op": "vectors"}), "vectors"),
-    Bad("not-implemented", document({"activations": {"features": [P0]}}), "activations"),
-    Bad("not-implemented", document({"instances": []}), "V1"),
-    Bad("not-implemented", document({"inputs": []}), "V2"),
-    Bad("not-implemented", document({"explain": {"pixels": True}}), "pixels"),
-    Bad("not-implemented", document({"explain": {"heatmaps": "png"}}), "png"),
-    Bad("not-implemented", document({"steer": {"vectors": [{"name": "stripes", "strength": 1.0}]}}), "vectors"),
-    Bad("not-implemented", document({"steer": {"policies": ["a"], "edits": []}}), "policies"),
-    Bad("not-implemented", document({"steer": {"edits": [{"feature": P0, "mode": "set", "value": 1.0}]}}), "'set'"),
-    Bad("not-implemented", document({"steer": {"edits": [{"feature": P0, "mode": "ablate", "when": {}}]}}), "when"),
-    Bad(
-        "not-implemented",
-        document({"steer": {"edits": [{"feature": P0, "mode": "ablate", "apply": {"tokens": "cls"}}]}}),
-        "apply",
-    ),
-    Bad(
-        "not-implemented",
-        document({"steer": {"edits": [{"feature": P0, "mode": "scale", "value": 1.0, "unit": "std"}]}}),
-        "unit",
-    ),
+    Bad("limit-exceeded", document({"explain": {"method": "ablation"}}), "the limit is 1", {"max_work": 1}),
+    Bad("unknown-vector", document({"steer": {"vectors": [{"name": "stripes", "strength": 1.0}]}}), "stripes"),
+    Bad("unknown-policy", document({"steer": {"policies": ["a"], "edits": []}}), "policy"),
+    Bad("unknown-feature", document({"activations": {"features": [P0, f"{SECOND}/P88"]}}), "does not exist"),
+    Bad("invalid-document", document({"op": "vectors"}, image=None), "layer"),
+    Bad("invalid-document", document({"instances": []}, image=None), "instances"),
+    Bad("invalid-document", document({"inputs": []}, image=None), "inputs"),
+    Bad("invalid-document", document({"steer": {"edits": [{"feature": P0, "mode": "ablate", "when": {}}]}}), "when"),
 ]
 
 
@@ -193,14 +180,15 @@ def test_problems(vit: Rewritten, engine: Engine, bad: Bad) -> None:
 
 
 def test_every_problem_is_reached() -> None:
-    assert {b.kind for b in BAD} | {"internal-error"} == set(PROBLEMS)
+    elsewhere = {"internal-error", "overloaded"}  # below, and tests/api/test_batch.py
+    assert {b.kind for b in BAD} | elsewhere == set(PROBLEMS)
 
 
 def test_an_internal_error_hides_its_reason(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("secret of the house")
 
-    monkeypatch.setattr(engine.model, "explain_row", fail)
+    monkeypatch.setattr("elude_runtime.api.batch.explain_batch", fail)
     bad, good = engine.answer([document({"explain": {}}), raw()])
     assert problem(bad)["type"] == "internal-error" and "secret" not in bad.body
     assert reply(good)["explanations"] is None
@@ -304,7 +292,7 @@ class TestPredictions:
                 assert p["logit"] == pytest.approx(float(logits[p["index"]]), abs=1e-5)
 
     def test_only_rows_that_reach_the_model_share_its_batch(self, engine: Engine) -> None:
-        rows = [raw(b"hello"), raw(), raw(b"{", "application/json"), raw(), raw(route="describe")]
+        rows = [raw(b"hello"), raw(), raw(b"{", "application/json"), raw(), raw(b"", route="describe")]
         found = engine.answer(rows)
         assert [a.status for a in found] == [422, 200, 400, 200, 200]
         assert reply(found[1])["batch_size"] == reply(found[3])["batch_size"] == 2
@@ -341,10 +329,11 @@ class TestPredictions:
         assert problem(answer(engine, document({"explain": {}})))["type"] == "invalid-target"
         found = reply(answer(engine, document({"explain": {"targets": [{"direction": list(range(32))}]}})))
         assert found["explanations"][0]["value"] == pytest.approx(float(expected @ torch.arange(32.0)), rel=1e-4)
-        steered = problem(
-            answer(engine, document({"steer": {"edits": [{"feature": f"{headless.layer}/P0", "mode": "ablate"}]}}))
-        )
-        assert steered["type"] == "not-implemented"
+        edits = [{"feature": f"{headless.layer}/P0", "mode": "ablate"}]
+        steered = reply(answer(engine, document({"steer": {"edits": edits}})))["steered"]
+        reference = headless.model.steer(batch, [elude.Edit(f"{headless.layer}/P0")])
+        assert steered["embedding"] == pytest.approx(reference.steered[0].tolist(), abs=1e-5)
+        assert steered["predictions"] == [] and steered["changes"] == []
 
 
 class TestImages:
@@ -527,7 +516,10 @@ def test_describe(vit: Rewritten, engine: Engine) -> None:
         assert [e["name"] for e in made["layers"]] == [FIRST, SECOND]
         assert all(e["tail"] == "replay" for e in made["layers"])
         assert made["data_config"] == vit.data.as_dict() and made["limits"]["max_edits"] == 64 and made["classes"] == 7
-        assert {"request", "reply", "problem"} == set(made["schema"])
+        schemas = made["openapi"]["components"]["schemas"]
+        assert {"Request", "Reply", "ProblemDocument"} <= set(schemas) and made["problems"] == list(PROBLEMS)
+        assert made["policies"] == made["vectors"] == []
+        assert made["partition_sha256"] == vit.model.manifest.partition_sha256
         assert (
             made["threads"] == torch.get_num_threads()
             and made["model"]["checkpoint_sha256"] == vit.model.manifest.checkpoint_sha256

@@ -12,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from elude_runtime.api.schema import JSONError, Prediction, Request, parse_json, shortest_float32
+from elude_runtime.api.schema.base import shortest_float32
+from elude_runtime.api.schema.json_text import JSONError, parse_json
+from elude_runtime.api.schema.reply import Prediction
+from elude_runtime.api.schema.request import Request
 
 FULL: dict[str, Any] = {
     "id": "my-id:1.0_a",
@@ -40,8 +43,26 @@ FULL: dict[str, Any] = {
         "edits": [
             {"feature": "a/P1", "mode": "scale", "value": 0, "apply": {"tokens": "all"}},
             {"feature": "a/P2", "mode": "ablate"},
-        ]
+            {
+                "feature": "a/P3",
+                "mode": "cap",
+                "value": 1.5,
+                "unit": "std",
+                "side": "positive",
+                "apply": {"box": [0, 0.25, 0.5, 1]},
+                "when": {"feature": "a/C0", "op": ">=", "value": 2.5},
+            },
+        ],
+        "vectors": [
+            {"layer": "a", "vector": [1, 2.5], "strength": 4.0, "apply": {"mask": [[0, 1], [1, 0]]}},
+            {"layer": "a", "vector": {"b64_f32": "AACAPwAAAEA="}},
+            {"name": "stripes", "strength": -1.0},
+        ],
+        "policies": ["no-watermark"],
+        "strength_multiplier": 0.5,
+        "conflict": "sum",
     },
+    "activations": {"features": ["a/P1", "a/7/p0"], "reduce": "mean"},
 }
 
 
@@ -95,7 +116,6 @@ def test_a_full_document_is_taken() -> None:
         (["explain", "layers"], "a"),
         (["explain", "heatmaps"], True),
         (["explain", "top_features"], "10"),
-        (["steer", "edits"], []),
         (["steer", "edits"], {}),
         (["steer", "edits", 0, "mode"], "explode"),
         (["steer", "edits", 0, "mode"], 3),
@@ -105,7 +125,28 @@ def test_a_full_document_is_taken() -> None:
         (["steer", "edits", 0, "value"], True),
         (["steer", "edits", 1, "value"], 0.0),
         (["steer", "edits", 0, "feature"], 1),
-        (["steer", "edits", 0, "apply"], {"tokens": "cls"}),
+        (["steer", "edits", 0, "apply"], {"tokens": "class"}),
+        (["steer", "edits", 0, "apply"], "cls"),
+        (["steer", "edits", 0, "apply"], {"box": [0.0, 0.0, 1.0]}),
+        (["steer", "edits", 0, "apply"], {"box": [0.5, 0.0, 0.5, 1.0]}),
+        (["steer", "edits", 0, "apply"], {"box": [0.0, 0.0, 1.0, 1.5]}),
+        (["steer", "edits", 0, "apply"], {"mask": [[0, 1], [1]]}),
+        (["steer", "edits", 0, "apply"], {"mask": [[0, 2]]}),
+        (["steer", "edits", 0, "apply"], {"mask": [[True]]}),
+        (["steer", "edits", 0, "apply"], {"tokens": "all", "box": [0.0, 0.0, 1.0, 1.0]}),
+        (["steer", "edits", 0, "unit"], "sigma"),
+        (["steer", "edits", 0, "side"], "left"),
+        (["steer", "edits", 0, "when"], {"feature": "a/P1", "op": "==", "value": 1.0}),
+        (["steer", "vectors"], [{"strength": 1.0}]),
+        (["steer", "vectors"], [{"layer": "a", "vector": []}]),
+        (["steer", "vectors"], [{"layer": "a", "vector": {"b64_f32": "AAA="}}]),
+        (["steer", "vectors"], [{"layer": "a", "vector": {"b64_f32": "AADAfw=="}}]),
+        (["steer", "vectors"], [{"name": "a b"}]),
+        (["steer", "policies"], "a"),
+        (["steer", "conflict"], "first"),
+        (["steer", "strength_multiplier"], "1"),
+        (["activations"], {"features": []}),
+        (["activations"], {"features": ["a/P1"], "reduce": "max"}),
         (["steer", "extra"], 1),
     ],
     ids=str,

@@ -167,10 +167,6 @@ class TestServed:
         assert [r.status_code for r in replies] == [200, 422, 422, 200]
         assert {r.headers["content-type"] for r in replies[1:3]} == {"application/problem+json"}
 
-    def test_what_comes_later_answers_501(self, served: dict[str, Served], files: list[Path], name: str) -> None:
-        reply = served[name].post({"steer": {"policies": ["no-watermark"]}}, files[0])
-        assert (reply.status_code, reply.json()["type"]) == (501, "not-implemented")
-
 
 def _equal(reply: dict[str, Any], expected: np.ndarray) -> bool:
     found = {p["index"]: np.float32(p["logit"]) for p in reply["predictions"]}
