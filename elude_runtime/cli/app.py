@@ -15,9 +15,11 @@ from elude_runtime.cli.explain import explain
 from elude_runtime.cli.health import health
 from elude_runtime.cli.inspect import inspect
 from elude_runtime.cli.layers import layers
+from elude_runtime.cli.policy import policy
 from elude_runtime.cli.rewrite import rewrite
 from elude_runtime.cli.serve import serve
 from elude_runtime.cli.steer import steer
+from elude_runtime.cli.vector import vector
 from elude_runtime.cli.verify import verify
 
 app = typer.Typer(
@@ -27,8 +29,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, layers, rewrite, verify, inspect, explain, steer, diff, archive, serve, health):
+for command in (demo, layers, rewrite, verify, inspect, explain, steer, vector, diff, archive, serve, health):
     app.command(command.__name__)(command)
+app.add_typer(policy, name="policy")
 app.add_typer(bench, name="bench")
 
 
