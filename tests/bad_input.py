@@ -146,7 +146,7 @@ def decoded(data: bytes) -> bytes:
 
 _GREY = PICTURE.convert("L")
 _JPEG = encoded(PICTURE, "JPEG", quality=95)
-_PALETTE = PICTURE.quantize(16)
+_PALETTE = PICTURE.quantize(64)
 _CMYK = encoded(PICTURE.convert("CMYK"), "JPEG", quality=100, subsampling=0)
 _WEBP = encoded(PICTURE, "WEBP", lossless=True)
 _ONE = Image.new("RGB", (1, 1), (200, 30, 90))

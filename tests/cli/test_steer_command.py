@@ -116,10 +116,10 @@ class TestDrawing:
     def test_regions_are_the_cells_that_are_edited(
         self, run: Run, stored: Path, image: Path, tmp_path: Path, drawn: list[Sequence[drawing.Edited]]
     ) -> None:
-        """The picture is 48 x 40 and the model sees 36 x 36 of it, from (6, 2), as 4 x 4 cells of 9 pixels."""
+        """Of the picture, 48 x 40, the model sees 36.6 x 36.6 from (5.7, 2.3), as 4 x 4 cells of 9.14 pixels."""
         options = [
-            *["--edit", f"{P0}:scale=3@box=0,0,0.3125,1"],  # to x = 15, the end of the first column
-            *["--edit", f"{P1}:ablate@box=0.32,0.5,0.9,0.6"],  # x 15.4 to 43.2, y 20 to 24
+            *["--edit", f"{P0}:scale=3@box=0,0,0.3095,1"],  # to x = 14.856, the first column ends at 14.857
+            *["--edit", f"{P1}:ablate@box=0.32,0.52,0.9,0.6"],  # x 15.4 to 43.2, y 20.8 to 24; the row begins at 20.6
             *["--edit", f"{C0}:ablate", "--edit", f"{SECOND}/P2:add=1"],
             *["--vector", "stripes=0.5", "--policy", "no-watermark", "--conflict", "sum"],
         ]

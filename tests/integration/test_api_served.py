@@ -174,7 +174,10 @@ def test_features_vectors_and_describe(served: Served, files: list[Path]) -> Non
     with served.client() as client:
         described = client.describe()
         assert [layer.name for layer in described.layers] == LAYERS
-        assert [(p.name, p.mode) for p in described.policies] == [("louder", "on request"), ("no-patches", "on request")]
+        assert [(p.name, p.mode) for p in described.policies] == [
+            ("louder", "on request"),
+            ("no-patches", "on request"),
+        ]
         assert [v.name for v in described.vectors] == ["first"] and described.limits == ServingConfig().limits()
         listed = list(client.features(layer=LATE, page=200))
         assert len(listed) == len({f.feature for f in listed}) > 24
