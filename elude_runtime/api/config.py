@@ -47,6 +47,7 @@ class ServingConfig(BaseModel):
     max_targets: int = Field(10, ge=1, description="explanation targets of one request, `top` counted out")
     max_layers: int = Field(8, ge=1, description="layers explained in one request")
     max_top_features: int = Field(200, ge=1, description="features listed a target and layer")
+    max_heatmaps: int = Field(200, ge=1, description="heatmaps of one request, each `pixels` another")
     max_ablations: int = Field(64, ge=1, description="features ablated one by one in one request")
     max_steps: int = Field(64, ge=1, description="integration nodes")
     max_edits: int = Field(64, ge=1, description="edits and vectors in one request")

@@ -79,11 +79,12 @@ def check_limits(request: Request, config: ServingConfig, layers: int) -> None:
             ("explain.top_features", explain.top_features, config.max_top_features),
             ("explain.steps", explain.steps, config.max_steps),
         ]
+        listed = targets * explain.top_features * explained
+        maps = (explain.heatmaps != "none") + explain.pixels
+        per_feature = "explain.top_features times targets and layers"
+        found.append((f"{per_feature}, with heatmaps or pixels", maps * listed, config.max_heatmaps))
         if explain.method == "ablation":
-            ablations = targets * explain.top_features * explained
-            found.append(
-                ("explain.top_features times targets and layers, with ablation", ablations, config.max_ablations)
-            )
+            found.append((f"{per_feature}, with ablation", listed, config.max_ablations))
     if request.steer is not None:
         found.append(("steer.edits and vectors", count_changes(request.steer), config.max_edits))
     if request.activations is not None:

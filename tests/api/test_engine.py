@@ -137,6 +137,10 @@ BAD = [
     Bad("limit-exceeded", document({"explain": {"steps": 65}}), "steps"),
     Bad("limit-exceeded", document({"explain": {}}), "layers", {"max_layers": 1}),
     Bad("limit-exceeded", document({"explain": {"method": "ablation", "top_features": 100}}), "ablation"),
+    Bad("limit-exceeded", document({"explain": {"heatmaps": "png", "top_features": 101}}), "heatmaps"),
+    Bad(
+        "limit-exceeded", document({"explain": {"heatmaps": "values", "pixels": True, "top_features": 51}}), "heatmaps"
+    ),
     Bad(
         "limit-exceeded",
         document({"explain": {"method": "ablation", "top_features": 33}}),
