@@ -193,7 +193,7 @@ def _explain_steered(model: EludeModel, targets: TargetReader, recording: Record
     asked = []
     for row, job in enumerate(jobs):
         one = _asked(job, row, targets, steered.logits[row])
-        change = {layer: added[row] for layer, added in changes.items()}  # tails hold later layers' edits too
+        change = {layer: changes[layer][row] for layer in plans[row].edited}  # tails hold later layers' edits too
         asked.append(ExplainRequest(one.row, one.targets, one.layers, one.options, change))
     for job, found in zip(jobs, explain_batch(model, steered, asked), strict=True):
         job.steered_explanations = found

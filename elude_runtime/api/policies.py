@@ -6,7 +6,6 @@ the next start of a worker, whatever archive and configuration say; a policy tha
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from elude_runtime.api.config import ConfigError, ServingConfig
 from elude_runtime.api.problems import Problem, at, invalid_document
 from elude_runtime.api.schema.operations import PolicyInfo
 from elude_runtime.api.schema.request import Policy
-from elude_runtime.checkpoint.manifest import canonical_json
+from elude_runtime.checkpoint.policies import policy_sha256
 from elude_runtime.checkpoint.vectors import StoredVector
 from elude_runtime.errors import closest
 
@@ -74,9 +73,9 @@ class PolicyBook:
             mode = "shadow" if name in config.shadow_policies else mode
             mode = "off" if self.off else mode
             try:
-                policy = document if isinstance(document, Policy) else validated_policy(name, document)[0]
+                policy = document if isinstance(document, Policy) else validated_policy(name, document)
                 self.rules[name] = Rule(
-                    name, policy, _sha256(policy), _tried(model, name, policy, vectors), mode, since
+                    name, policy, digest(policy, vectors), _tried(model, name, policy, vectors), mode, since
                 )
             except ConfigError as error:
                 if not self.off:
@@ -122,15 +121,18 @@ class PolicyBook:
             )  # fmt: skip
 
 
-def validated_policy(name: str, document: Mapping[str, Any]) -> tuple[Policy, str]:
-    """A policy and its SHA-256, over what it says in canonical JSON: the identity that audit lines name. ConfigError
-    for a document that is none."""
+def validated_policy(name: str, document: Mapping[str, Any]) -> Policy:
+    """The policy that a document is. ConfigError for one that is none."""
     try:
-        policy = Policy.model_validate(dict(document))
+        return Policy.model_validate(dict(document))
     except ValidationError as error:
         problem = invalid_document(error, document)
         raise ConfigError(f"The policy {name!r} cannot be used ({problem.detail[:-1]}); set it again.") from error
-    return policy, _sha256(policy)
+
+
+def digest(policy: Policy, vectors: Mapping[str, StoredVector]) -> str:
+    """What audit lines name: SHA-256 over what the policy says and what the vectors are that it names."""
+    return policy_sha256(policy.model_dump(mode="json", exclude_unset=True), vectors)
 
 
 def _tried(model: EludeModel, name: str, policy: Policy, vectors: Mapping[str, StoredVector]) -> Steering:
@@ -147,7 +149,3 @@ def _tried(model: EludeModel, name: str, policy: Policy, vectors: Mapping[str, S
     except Problem as problem:
         raise ConfigError(f"The policy {name!r} cannot be used: {problem.detail}") from problem
     return steering
-
-
-def _sha256(policy: Policy) -> str:
-    return hashlib.sha256(canonical_json(policy.model_dump(mode="json", exclude_unset=True))).hexdigest()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from elude_runtime.checkpoint.manifest import canonical_json
+from elude_runtime.checkpoint.packed import pack_f32
 from elude_runtime.checkpoint.storage import write_json
-from elude_runtime.checkpoint.vectors import check_partition, checked_name
+from elude_runtime.checkpoint.vectors import StoredVector, check_partition, checked_name
 from elude_runtime.errors import CheckpointError, EludeError, did_you_mean
 
 POLICIES = "policies.json"
@@ -19,9 +20,12 @@ Document = dict[str, Any]
 """{partition_sha256, description?, edits, vectors, when?, conflict?, strength_multiplier?}: the API's `Policy`."""
 
 
-def policy_sha256(document: Mapping[str, Any]) -> str:
-    """SHA-256 over the policy's whole document in canonical form: the identity that an audit line names."""
-    return hashlib.sha256(canonical_json(dict(document))).hexdigest()
+def policy_sha256(document: Mapping[str, Any], vectors: Mapping[str, StoredVector]) -> str:
+    """SHA-256 over all that a policy does, in canonical form: its document, and layer and numbers of the vectors that
+    it names (one that is not there counts for nothing). The identity that an audit line names."""
+    named = {vector["name"] for vector in document.get("vectors") or () if "name" in vector}
+    contents = {name: [vectors[name].layer, pack_f32(vectors[name].direction)] for name in named if name in vectors}
+    return hashlib.sha256(canonical_json({"policy": dict(document), "vectors": contents})).hexdigest()
 
 
 def read_policies(directory: Path, partition_sha256: str) -> dict[str, Document]:

@@ -27,7 +27,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 def list_policies(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     """Name the policies of a checkpoint."""
     found: list[dict[str, Any]] = [
-        {"name": name, "sha256": _sha256(name, d), "policy": d} for name, d in _stored(checkpoint).items()
+        {"name": name, "sha256": _sha256(checkpoint, name, document), "policy": document}
+        for name, document in _stored(checkpoint).items()
     ]
     if as_json:
         print(json.dumps(found, indent=2))
@@ -56,7 +57,7 @@ def show(checkpoint: Checkpoint, name: Name, as_json: AsJson = False) -> None:
         raise unknown_policy(name, stored)
     document = stored[name]
     if as_json:
-        document = {"name": name, "sha256": _sha256(name, document), "policy": document}
+        document = {"name": name, "sha256": _sha256(checkpoint, name, document), "policy": document}
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
@@ -125,11 +126,12 @@ def _stored(checkpoint: Path) -> dict[str, dict[str, Any]]:
     return read_policies(checkpoint, read_manifest(checkpoint).partition_sha256)
 
 
-def _sha256(name: str, document: dict[str, Any]) -> str:
+def _sha256(checkpoint: Path, name: str, document: dict[str, Any]) -> str:
     """The digest that a server names in its audit lines. ConfigError for a policy that it would refuse."""
-    from elude_runtime.api.policies import validated_policy
+    from elude_runtime.api.policies import digest, validated_policy
+    from elude_runtime.checkpoint.vectors import read_vectors
 
-    return validated_policy(name, document)[1]
+    return digest(validated_policy(name, document), read_vectors(checkpoint, document["partition_sha256"]))
 
 
 def _document(file: Path | None) -> dict[str, Any]:
