@@ -462,8 +462,9 @@ class TestRetries:
         Service(problem(BUSY, 503, **{"retry-after": date}), ok()).client().predict(IMAGE)
         assert 8 < waits[0] < 11
 
-    def test_where_no_connection_came_about(self, waits: list[float]) -> None:
-        service = Service(httpx.ConnectError("refused"), ok())
+    @pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow")], ids=repr)
+    def test_where_no_connection_came_about(self, waits: list[float], error: httpx.HTTPError) -> None:
+        service = Service(error, ok())
         service.client().predict(IMAGE)
         assert len(service.asked) == 2 and waits == [0.25]
 
@@ -479,7 +480,7 @@ class TestRetries:
         "outcome",
         [
             *(httpx.Response(s) for s in (400, 404, 413, 422, 429, 500, 502, 504, 507)),
-            httpx.ReadTimeout("x"), httpx.ConnectTimeout("x"), httpx.ReadError("x"), httpx.RemoteProtocolError("x"),
+            httpx.ReadTimeout("x"), httpx.ReadError("x"), httpx.RemoteProtocolError("x"),
         ],
         ids=repr,
     )  # fmt: skip

@@ -157,13 +157,14 @@ class Steering:
 
     conflict: what happens where two edits act on one sub-unit at one token (a concept acts on all its members): "error"
     refuses them, "sum" adds both changes, each made from the unedited activation, with "last" the later one alone acts
-    there. Vectors add to whatever else happens.
+    there. Vectors add to whatever else happens. when: a condition on all of them, beside each one's own.
     """
 
     edits: tuple[Edit, ...] = ()
     vectors: tuple[DenseVector, ...] = ()
     strength_multiplier: float = 1.0
     conflict: str = "error"
+    when: Condition | None = None
 
     def __post_init__(self) -> None:
         _one_of(self.conflict, CONFLICTS, "conflict rule")

@@ -50,9 +50,9 @@ def layer_change(state: SplitState, x: Tensor, y: Tensor, plan: SteeringPlan, wa
             acted.append(vector.number)
     output = state.changed(y, change[None])
     realised = output.float() - y.float() if acted else torch.zeros(())
-    norm = float(realised.norm())
+    norm = float(realised.double().norm())  # squares of large numbers leave float32
     if norm != 0:
-        before = state.linear.tokens(y)[0].float().norm(dim=1)[tokens].norm()
+        before = state.linear.tokens(y)[0].double().norm(dim=1)[tokens].norm()
         norm /= max(float(before), torch.finfo(torch.float32).tiny)
     return LayerChange(change, tokens, frozenset(acted), norm, output)
 

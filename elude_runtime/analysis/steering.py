@@ -145,7 +145,7 @@ def record_steered(
 
 def _conditioned(states: Mapping[str, SplitState], recording: Recording, row: int, plan: SteeringPlan) -> _Job:
     """A job with the conditions looked at."""
-    wanted = frozenset(p.number for p in plan.parts if p.when is None or _holds(p.when, states, recording, row))
+    wanted = frozenset(p.number for p in plan.parts if all(_holds(when, states, recording, row) for when in p.when))
     return _Job(row, plan, wanted)
 
 

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from elude_runtime.analysis.edits import Condition, DenseVector, Edit, EditError, Scope, Steering
+from elude_runtime.analysis.edits import ADD, Condition, DenseVector, Edit, EditError, Scope, Steering
 from elude_runtime.analysis.features import Feature, parse_feature
 from elude_runtime.analysis.scope import WHOLE, Window, scope_mask
 from elude_runtime.analysis.split_state import SplitState
@@ -35,7 +36,7 @@ class PlannedCondition:
 class PlannedEdit:
     """number: place in `SteeredRow.applied`; value: in units of the feature's activation; tokens bool [T_p]: in scope,
     of the feature's own type; strength: times the change; yields_to: numbers of later edits that act alone where both
-    would act on one sub-unit at one token."""
+    would act on one sub-unit at one token; when: all of these conditions have to hold."""
 
     number: int
     feature: Feature
@@ -43,7 +44,7 @@ class PlannedEdit:
     value: float
     tokens: Tensor
     strength: float
-    when: PlannedCondition | None
+    when: tuple[PlannedCondition, ...]
     yields_to: tuple[int, ...] = ()
 
     @property
@@ -59,7 +60,7 @@ class PlannedVector:
     layer: str
     vector: Tensor
     tokens: Tensor
-    when: PlannedCondition | None
+    when: tuple[PlannedCondition, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +97,7 @@ def plan_steering(
     yields: dict[int, list[int]] = {}
     for place, one in enumerate(several):
         start = () if isinstance(steering, Steering) else (place,)
+        resolver.when = resolver.condition(one.when, start)
         for index, edit in enumerate(one.edits):
             where = (*start, "edits", index)
             planned = resolver.edit(edit, len(parts), one.strength_multiplier, where)
@@ -110,7 +112,7 @@ def plan_steering(
         for index, vector in enumerate(one.vectors):
             parts.append(resolver.vector(vector, len(parts), one.strength_multiplier, (*start, "vectors", index)))
     edited = {part.layer for part in parts}
-    looked_at = edited | {part.when.feature.layer for part in parts if part.when}
+    looked_at = edited | {when.feature.layer for part in parts for when in part.when}
     return SteeringPlan(
         tuple(_yielding(part, yields.get(part.number, ())) for part in parts),
         tuple(name for name in model.layers if name in edited),
@@ -119,7 +121,9 @@ def plan_steering(
 
 
 class _Resolver:
-    """Finds what names, units and scopes of one plan mean on the model."""
+    """Finds what names, units and scopes of one plan mean on the model. when: conditions on all that is planned."""
+
+    when: tuple[PlannedCondition, ...] = ()
 
     def __init__(self, model: EludeModel, window: Window, concept_std: ConceptStd) -> None:
         self._model, self._window, self._concept_std = model, window, concept_std
@@ -131,7 +135,11 @@ class _Resolver:
             tokens = self._edit_tokens(edit.apply, state, feature)
         with _placed((*where, "unit")):
             value = self._value(edit, state, feature)
-        return PlannedEdit(number, feature, edit, value, tokens, strength, self._when(edit.when, where))
+        with _placed((*where, "value")):
+            _in_float32(value * strength if edit.mode == ADD else value, f"The value of the edit of {feature}")
+            _in_float32(strength, "The strength multiplier")
+        when = (*self.when, *self.condition(edit.when, where))
+        return PlannedEdit(number, feature, edit, value, tokens, strength, when)
 
     def vector(self, vector: DenseVector, number: int, strength: float, where: Place) -> PlannedVector:
         with _placed((*where, "layer")):
@@ -145,9 +153,12 @@ class _Resolver:
         with _placed((*where, "apply")):
             tokens = self._vector_tokens(vector.apply, state)
         device = state.partition.mean.device
-        total = vector.strength * strength
-        direction = torch.from_numpy(vector.vector.copy()).to(device) * total
-        return PlannedVector(number, state.name, direction, tokens.to(device), self._when(vector.when, where))
+        with np.errstate(over="ignore"):
+            scaled = (vector.vector.astype(np.float64) * (vector.strength * strength)).astype(np.float32)
+        with _placed((*where, "strength")):
+            _in_float32(float(np.abs(scaled).max(initial=0)), "A number of the vector times its strength")
+        when = (*self.when, *self.condition(vector.when, where))
+        return PlannedVector(number, state.name, torch.from_numpy(scaled).to(device), tokens.to(device), when)
 
     def _feature(self, name: str, where: Place) -> Feature:
         with _placed(where, name):
@@ -160,10 +171,10 @@ class _Resolver:
                 )
             return state.check(feature)
 
-    def _when(self, condition: Condition | None, where: Place) -> PlannedCondition | None:
+    def condition(self, condition: Condition | None, where: Place) -> tuple[PlannedCondition, ...]:
         if condition is None:
-            return None
-        return PlannedCondition(self._feature(condition.feature, (*where, "when", "feature")), condition)
+            return ()
+        return (PlannedCondition(self._feature(condition.feature, (*where, "when", "feature")), condition),)
 
     def _value(self, edit: Edit, state: SplitState, feature: Feature) -> float:
         """The edit's value in units of the feature's activation."""
@@ -213,9 +224,14 @@ def _overlap(states: Mapping[str, SplitState], one: PlannedEdit, other: PlannedE
     sides = {one.edit.side, other.edit.side}
     if one.feature == other.feature and sides == {"positive", "negative"}:
         return False
-    if one.when and other.when and one.when.condition.excludes(other.when.condition):
+    if any(a.condition.excludes(b.condition) for a in one.when for b in other.when):
         return False
     return bool((one.tokens & other.tokens).any())
+
+
+def _in_float32(value: float, what: str) -> None:
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise EditError(f"{what} is {value:.3g}, beyond the range of float32; use a smaller one.")
 
 
 def _clash(one: Feature, other: Feature) -> EditError:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,7 +41,6 @@ class Job:
     question: Question
     identity: str
     request_id: str
-    tensor: Tensor
     explained: list[str]
     rules: list[Rule]
     plan: SteeringPlan | None
@@ -69,8 +68,9 @@ class Job:
                 continue
             if not bool(part.tokens.any()):
                 yield "no-token-in-scope", f"{place}: its box or mask meets nothing of what the model saw."
-            elif part.when is not None:
-                yield "condition-not-met", f"{place}: its condition on {part.when.feature} does not hold on this image."
+            elif part.when:
+                features = " and ".join(str(when.feature) for when in part.when)
+                yield "condition-not-met", f"{place}: its condition on {features} does not hold on this image."
             else:
                 yield "no-effect", f"{place}: it changes nothing on this image."
 
@@ -95,6 +95,15 @@ def guarded(job: Job) -> Iterator[None]:
         job.problem = internal_error()
 
 
+@contextmanager
+def unharmed(job: Job) -> Iterator[None]:
+    """Whatever is raised inside goes to the log, and the job's answer stays as it is."""
+    try:
+        yield
+    except Exception:
+        logger.exception("the shadow policies failed on request %s", job.request_id)
+
+
 def internal_error() -> Problem:
     return Problem("internal-error", "The server failed on this request; its log has the reason.")
 
@@ -109,7 +118,9 @@ def run_batch(model: EludeModel, targets: TargetReader, jobs: Sequence[Job]) -> 
             detail = "The model's output for this image is not finite; the image may be extreme."
             job.problem = Problem("non-finite-output", detail)
     _together([j for j in jobs if j.plan], "steer", lambda chosen: _steer(model, recording, chosen))
-    _together([j for j in jobs if j.shadow], "shadow", lambda chosen: _shadow(model, recording, chosen))
+    # nobody answers by a shadow policy, so nothing that goes wrong there may touch an answer
+    shadowed = [j for j in jobs if j.shadow]
+    _together(shadowed, "shadow", lambda chosen: _shadow(model, recording, chosen), guard=unharmed)
     asking = [j for j in jobs if j.question.request.explain is not None]
     _together(asking, "explain", lambda chosen: _explain(model, targets, recording, chosen))
     both = [j for j in asking if j.plan]
@@ -118,7 +129,12 @@ def run_batch(model: EludeModel, targets: TargetReader, jobs: Sequence[Job]) -> 
     _together(asking, "activations", lambda chosen: _activations(model, recording, chosen))
 
 
-def _together(jobs: Sequence[Job], stage: str, work: Callable[[Sequence[Job]], None]) -> None:
+def _together(
+    jobs: Sequence[Job],
+    stage: str,
+    work: Callable[[Sequence[Job]], None],
+    guard: Callable[[Job], AbstractContextManager[None]] = guarded,
+) -> None:
     """Run the work for all jobs that have no problem. Should it fail, each is tried alone, so that the guilty one does
     not take its neighbours with it."""
     jobs = [job for job in jobs if job.problem is None]
@@ -132,7 +148,7 @@ def _together(jobs: Sequence[Job], stage: str, work: Callable[[Sequence[Job]], N
             except Exception:
                 logger.exception("a batch of %d failed at %s; each is tried alone", len(jobs), stage)
         for job in jobs:
-            with guarded(job):
+            with guard(job):
                 work([job])
 
 
@@ -151,7 +167,7 @@ def milliseconds(since: float) -> float:
 def _forward(model: EludeModel, jobs: Sequence[Job]) -> Recording:
     """One pass for all; what tails need is kept for the layers that any job asks for."""
     parameter = next(model.base.parameters())
-    images = torch.stack([job.tensor for job in jobs]).to(parameter.device, parameter.dtype)
+    images = torch.stack([job.question.picture.tensor for job in jobs]).to(parameter.device, parameter.dtype)
     needed = {layer for job in jobs for layer in job.layers}
     for row, job in enumerate(jobs):
         job.row = row
@@ -167,13 +183,18 @@ def _steer(model: EludeModel, recording: Recording, jobs: Sequence[Job]) -> None
 def _shadow(model: EludeModel, recording: Recording, jobs: Sequence[Job]) -> None:
     found = steer_batch(model, recording, [j.row for j in jobs], [j.shadow for j in jobs if j.shadow])
     for job, steered in zip(jobs, found, strict=True):
-        job.shadowed = steered if bool(torch.isfinite(steered.steered).all()) else None
+        job.shadowed = steered if _is_finite(steered) else None
 
 
 def _finite(job: Job, steered: SteeredRow) -> SteeredRow:
-    if not bool(torch.isfinite(steered.steered).all()):
+    if not _is_finite(steered):
         job.problem = Problem("non-finite-output", "The steered output is not finite; use smaller values.")
     return steered
+
+
+def _is_finite(steered: SteeredRow) -> bool:
+    norms = steered.relative_norm.values()
+    return bool(torch.isfinite(steered.steered).all()) and all(map(math.isfinite, norms))
 
 
 def _explain(model: EludeModel, targets: TargetReader, recording: Recording, jobs: Sequence[Job]) -> None:
@@ -182,7 +203,7 @@ def _explain(model: EludeModel, targets: TargetReader, recording: Recording, job
         assert job.output is not None
         asked.append(_asked(job, job.row, targets, job.output))
     for job, found in zip(jobs, explain_batch(model, recording, asked), strict=True):
-        job.explanations = found
+        job.explanations = _finite_numbers(job, found)
 
 
 def _explain_steered(model: EludeModel, targets: TargetReader, recording: Recording, jobs: Sequence[Job]) -> None:
@@ -196,7 +217,19 @@ def _explain_steered(model: EludeModel, targets: TargetReader, recording: Record
         change = {layer: changes[layer][row] for layer in plans[row].edited}  # tails hold later layers' edits too
         asked.append(ExplainRequest(one.row, one.targets, one.layers, one.options, change))
     for job, found in zip(jobs, explain_batch(model, steered, asked), strict=True):
-        job.steered_explanations = found
+        job.steered_explanations = _finite_numbers(job, found)
+
+
+def _finite_numbers(job: Job, found: list[Explanation]) -> list[Explanation]:
+    for explanation in found:
+        numbers = [explanation.value]
+        for layer in explanation.layers:
+            numbers += [layer.baseline, layer.completeness_error or 0.0, layer.edit_attribution or 0.0]
+            numbers += [n for f in layer.features for n in (f.activation, f.attribution, f.effect or 0.0)]
+        if not all(map(math.isfinite, numbers)):
+            detail = "A number of the explanation is not finite; use smaller values in edits and directions."
+            job.problem = Problem("non-finite-output", detail)
+    return found
 
 
 def _asked(job: Job, row: int, targets: TargetReader, output: Tensor) -> ExplainRequest:

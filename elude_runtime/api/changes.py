@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def steering_of(change: wire.Change, vectors: Mapping[str, StoredVector], when: wire.When | None = None) -> Steering:
-    """The analysis' view of edits and vectors. when: a condition on those that have none. Problem for a vector that
-    the checkpoint does not have."""
-    condition = _condition(when)
+    """The analysis' view of edits and vectors. when: a condition on all of them, beside each one's own. Problem for a
+    vector that the checkpoint does not have."""
     return Steering(
-        tuple(_edit(edit, condition) for edit in change.edits),
-        tuple(_vector(vector, vectors, number, condition) for number, vector in enumerate(change.vectors)),
+        tuple(map(_edit, change.edits)),
+        tuple(_vector(vector, vectors, number) for number, vector in enumerate(change.vectors)),
         change.strength_multiplier,
         change.conflict,
+        _condition(when),
     )
 
 
@@ -72,7 +72,7 @@ def near_features(model: EludeModel, name: str) -> list[str]:
     return closest(name, [n for layer in model.layers for n in model.concept_names(layer)])
 
 
-def _edit(edit: wire.Edit, when: Condition | None) -> Edit:
+def _edit(edit: wire.Edit) -> Edit:
     return Edit(
         edit.feature,
         edit.mode,
@@ -80,13 +80,11 @@ def _edit(edit: wire.Edit, when: Condition | None) -> Edit:
         getattr(edit, "unit", "raw"),
         edit.side,
         _scope(edit.apply),
-        _condition(edit.when) or when,
+        _condition(edit.when),
     )
 
 
-def _vector(
-    vector: wire.Vector, stored: Mapping[str, StoredVector], number: int, when: Condition | None
-) -> DenseVector:
+def _vector(vector: wire.Vector, stored: Mapping[str, StoredVector], number: int) -> DenseVector:
     if isinstance(vector, wire.NamedVector):
         if vector.name not in stored:
             known = closest(vector.name, stored)
@@ -99,9 +97,14 @@ def _vector(
         if isinstance(vector.vector, wire.VectorBytes):
             numbers = np.frombuffer(base64.b64decode(vector.vector.b64_f32), "<f4").astype(np.float32)
         else:
-            numbers = np.asarray(vector.vector, dtype=np.float32)
+            with np.errstate(over="ignore"):
+                numbers = np.asarray(vector.vector, dtype=np.float32)
+        if not np.isfinite(numbers).all():
+            loc: list[str | int] = ["steer", "vectors", number, "vector"]
+            detail = "A number of the vector is beyond the range of float32; use a smaller one."
+            raise Problem("invalid-edit", detail, at(loc, "beyond float32"))
     name = vector.name if isinstance(vector, wire.NamedVector) else None
-    return DenseVector(layer, numbers, vector.strength, _scope(vector.apply), _condition(vector.when) or when, name)
+    return DenseVector(layer, numbers, vector.strength, _scope(vector.apply), _condition(vector.when), name)
 
 
 def _scope(apply: wire.Apply) -> Scope:

@@ -42,6 +42,7 @@ class ServingConfig(BaseModel):
     policies_off: bool = Field(False, description="no policy is in force, whoever names it")
     max_image_bytes: int = Field(5_000_000, ge=1, description="encoded size of one image")
     max_image_pixels: int = Field(50_000_000, ge=1, description="width x height of one image")
+    max_request_pixels: int = Field(100_000_000, ge=1, description="width x height of all images of one request")
     max_instances: int = Field(32, ge=1, description="images of one KServe request")
     max_vector_images: int = Field(64, ge=1, description="images of one `vectors` request")
     max_targets: int = Field(10, ge=1, description="explanation targets of one request, `top` counted out")
@@ -71,11 +72,15 @@ class ServingConfig(BaseModel):
         cls, yaml: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
     ) -> ServingConfig:
         """YAML values with the environment's put over them. ConfigError names the key that cannot be used."""
-        values = dict(yaml or {})
+        values: dict[str, Any] = dict(yaml or {})
         for key in cls.model_fields:
             text = (os.environ if environment is None else environment).get(ENVIRONMENT_PREFIX + key.upper())
             if text is not None and key != "policies":
                 values[key] = text  # pydantic reads "7" and "true" where the key is a number or a switch
+        if str(values.get("policies_off", "")).lower() in ("true", "1", "yes", "on", "t", "y"):
+            # the switch has to work just when a policy is at fault
+            for key in ("policies", "default_policies", "shadow_policies"):
+                values.pop(key, None)
         try:
             return cls.model_validate(values)
         except ValidationError as error:

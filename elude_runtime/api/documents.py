@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from PIL import Image
-from torch import Tensor
-
 from elude_runtime.api.batch import Job, milliseconds
+from elude_runtime.api.intake import Picture
 from elude_runtime.api.policies import PolicyBook
 from elude_runtime.api.replies import ReplyWriter
 from elude_runtime.api.schema import reply as wire
@@ -35,19 +33,19 @@ class ReplyDocuments:
             again = job.steered_explanations
             explained = None if again is None else [writer.explanation(e, heatmaps) for e in again]
             steered = writer.steered(job.steered, predictions, request.top_k, explained)
-        shadows = self._policies.shadows if job.shadowed else []
         if job.shadowed is not None:
-            shadow = writer.shadow(job.shadowed, predictions, request.top_k, [rule.name for rule in shadows])
-        self._policies.record(job.identity, job.rules + shadows)
+            shadow = writer.shadow(
+                job.shadowed, predictions, request.top_k, [rule.name for rule in self._policies.shadows]
+            )
         best = next(iter(steered.predictions if steered else predictions), None)
         reply = wire.Reply(
             id=job.identity,
             batch_size=batch,
             timing_ms={**job.timing, "total": milliseconds(started)},
             model=self._info,
-            input=self._input(job.question.image),
+            input=self._input(job.question.picture),
             answer=wire.Answer(
-                source="steered" if steered else "default",
+                source="steered" if job.plan and job.plan.parts else "default",
                 policies=[rule.name for rule in job.rules],
                 index=best.index if best else None,
                 label=best.label if best else None,
@@ -63,12 +61,17 @@ class ReplyDocuments:
         )
         return reply.model_dump_json()
 
-    def _input(self, image: Image.Image | Tensor) -> wire.InputInfo:
-        if isinstance(image, Tensor):
-            height, width = image.shape[-2:]
+    def audit(self, job: Job) -> None:
+        """Leave a line for the policies behind an answer that goes out."""
+        self._policies.record(job.identity, job.rules + (self._policies.shadows if job.shadowed else []))
+
+    def _input(self, picture: Picture) -> wire.InputInfo:
+        if picture.size is None:
+            height, width = picture.tensor.shape[-2:]
             return wire.InputInfo(width=width, height=height, crop=[0, 0, width, height], window=[0, 0, width, height])
-        crop, window = self._data_config.seen(*image.size), self._data_config.window(*image.size)
-        return wire.InputInfo(width=image.width, height=image.height, crop=list(crop), window=list(window))
+        (width, height), data = picture.size, self._data_config
+        crop, window = data.seen(width, height), data.window(width, height)
+        return wire.InputInfo(width=width, height=height, crop=list(crop), window=list(window))
 
     def _activations(self, job: Job) -> list[wire.ActivationReply] | None:
         asked = job.question.request.activations

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.model import EludeModel, load
@@ -27,7 +25,7 @@ from elude_runtime.api.batch import Job, internal_error, milliseconds, run_batch
 from elude_runtime.api.changes import near_features, places, plan, steering_of
 from elude_runtime.api.config import ServingConfig
 from elude_runtime.api.documents import ReplyDocuments
-from elude_runtime.api.intake import Body, Question, Row, read_body, read_question, validated
+from elude_runtime.api.intake import Body, ImageReader, Picture, Question, Row, read_body, read_question, validated
 from elude_runtime.api.kserve import Envelope, is_kserve, open_envelope
 from elude_runtime.api.policies import PolicyBook
 from elude_runtime.api.problems import Problem, at
@@ -40,8 +38,7 @@ from elude_runtime.api.work import admitted, check_limits, check_work, explain_w
 from elude_runtime.checkpoint.catalogue import FeatureCatalogue, read_catalogue
 from elude_runtime.checkpoint.policies import read_policies
 from elude_runtime.checkpoint.vectors import StoredVector, read_vectors
-from elude_runtime.errors import CheckpointError, FeatureError, ImagesError, closest
-from elude_runtime.network.preprocessing import to_input
+from elude_runtime.errors import CheckpointError, FeatureError, closest
 
 __all__ = ["Answered", "Engine", "Row"]
 logger = logging.getLogger(__name__)
@@ -72,6 +69,14 @@ class _Asked:
 
     parts: list[Job | Problem]
     envelope: Envelope | None = None
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [part for part in self.parts if isinstance(part, Job)]
+
+    @property
+    def work(self) -> float:
+        return sum(job.work for job in self.jobs)
 
 
 class Engine:
@@ -122,20 +127,22 @@ class Engine:
         catalogue = read_catalogue(checkpoint)
         catalogue.facts("")  # read now, not under the first request
         partition = model.manifest.partition_sha256
+        stored: Mapping[str, Mapping[str, Any]] = {}
+        vectors: Mapping[str, StoredVector] = {}
         try:
+            vectors = read_vectors(checkpoint, partition)
             stored = read_policies(checkpoint, partition)
         except CheckpointError as error:
             if not config.policies_off:  # the switch has to work just when a policy is at fault
                 raise
             logger.warning("%s", error)
-            stored = {}
         return cls(
             model,
             config,
             name=name,
             version=version,
             catalogue=catalogue,
-            vectors=read_vectors(checkpoint, partition),
+            vectors=vectors,
             policies=stored,
         )
 
@@ -155,19 +162,18 @@ class Engine:
         """One reply a row, in order. A bad row gets a problem document and no other row notices."""
         started = time.perf_counter()
         read = [self._guard(self._read, row, row) for row in rows]
-        jobs = [p for asked in read if isinstance(asked, _Asked) for p in asked.parts if isinstance(p, Job)]
-        costly: list[Job | _Operation] = [*jobs, *(asked for asked in read if isinstance(asked, _Operation))]
-        let_in = admitted([c.work for c in costly], self.config.max_batch_work)
-        refused = [id(c) for c, allowed in zip(costly, let_in, strict=True) if not allowed]
-        for job in jobs:
-            job.problem = _overloaded() if id(job) in refused else None
-        running = [job for job in jobs if job.problem is None]
+        costly = [n for n, asked in enumerate(read) if isinstance(asked, _Asked | _Operation)]
+        let_in = admitted([read[n].work for n in costly], self.config.max_batch_work)
+        for n, allowed in zip(costly, let_in, strict=True):
+            if not allowed:  # all of a request or nothing of it, so that it can be sent again as it is
+                read[n] = _problem(_overloaded())
+        running = [job for asked in read if isinstance(asked, _Asked) for job in asked.jobs]
         if running:
             run_batch(self.model, self.targets, running)
         answered = []
         for row, asked in zip(rows, read, strict=True):
             if isinstance(asked, _Operation):
-                asked = _problem(_overloaded()) if id(asked) in refused else self._guard(asked.run, row)
+                asked = self._guard(asked.run, row)
             elif isinstance(asked, _Asked):
                 asked = self._guard(self._close, row, asked, len(running), started)
             answered.append(asked)
@@ -189,14 +195,17 @@ class Engine:
         body = read_body(row, self.config)
         if body.operation:
             return self._operation(body)
+        reader = ImageReader(self.config, self.transform)
         if is_kserve(body.document) and body.image is None:
-            envelope = open_envelope(
-                body.document, self.config, self.info, self.model.data_config.input_size, explain=row.explain
-            )
-            parts = [self._part(q, row, [*envelope.place, n]) for n, q in enumerate(envelope.questions)]
-            return _Asked(parts, envelope)
+            size = self.model.data_config.input_size
+            envelope = open_envelope(body.document, self.config, self.info, size, reader, explain=row.explain)
+            place, whole = envelope.place, envelope.whole
+            parts = [self._part(q, row, place if whole else [*place, n]) for n, q in enumerate(envelope.questions)]
+            asked = _Asked(parts, envelope)
+            check_work(asked.work, self.config)
+            return asked
         started = time.perf_counter()
-        question = read_question(body.document, body.image, self.config, explain=row.explain)
+        question = read_question(body.document, body.image, reader, explain=row.explain)
         return _Asked([self._job(question, row.request_id, started)])
 
     def _operation(self, body: Body) -> _Operation | Answered:
@@ -216,11 +225,12 @@ class Engine:
         else:
             asked = validated(ops.VectorsRequest, body.document)
             self._expected(asked.expect)
-            images = operations.vector_images(asked, self.model, self.config)
-            return _Operation(lambda: self._vectors(asked, images), float(sum(map(len, images))))
+            operations.check_vectors(asked, self.model, self.config)
+            return _Operation(lambda: self._vectors(asked), float(len(asked.positive) + len(asked.negative)))
         return self._sized(made.model_dump_json(), "a lower limit")
 
-    def _vectors(self, asked: ops.VectorsRequest, images: tuple[Tensor, Tensor]) -> Answered:
+    def _vectors(self, asked: ops.VectorsRequest) -> Answered:
+        images = operations.vector_images(asked, self.model, ImageReader(self.config, self.transform))
         made = operations.vectors(asked, images, self.model, self.info, self.writer, _identity(asked.id))
         return self._sized(made.model_dump_json(), "fewer features")
 
@@ -245,7 +255,7 @@ class Engine:
             self.targets.check(request.explain)
         activations = self._activated(request.activations) if request.activations else []
         rules = self.policies.named(request.steer.policies if request.steer else [])
-        window = self._window(question.image)
+        window = self._window(question.picture)
         in_force = [rule.steering for rule in rules]
         if request.steer is not None:
             in_force.append(steering_of(request.steer, self.vectors))
@@ -254,10 +264,8 @@ class Engine:
         shadow = plan(self.model, shadows, window) if shadows else None
         work = self._work(request, explained, steered.edited if steered else [])
         check_work(work, self.config)
-        image = question.image
-        tensor = image if isinstance(image, Tensor) else self._input(image)
         return Job(
-            question, _identity(request.id), request_id, tensor, explained, rules, steered,
+            question, _identity(request.id), request_id, explained, rules, steered,
             places(rules, request.steer), shadow, activations, work, {"decode": milliseconds(started)},
         )  # fmt: skip
 
@@ -268,12 +276,6 @@ class Engine:
             passes = explain_work(request.explain, explained, self.shares)
             work += passes + (passes + 1 if edited else 0)  # the steered answer is explained too, from its own pass
         return work
-
-    def _input(self, image: Image.Image) -> Tensor:
-        try:
-            return to_input(image, self.transform)
-        except ImagesError as error:
-            raise Problem("image-too-large", str(error)) from error
 
     def _expected(self, expect: Expect | None) -> None:
         if expect is not None and expect.checkpoint_sha256 != self.info.checkpoint_sha256:
@@ -298,20 +300,22 @@ class Engine:
                 raise Problem("unknown-feature", str(error), at(loc, "unknown feature", near)) from error
         return found
 
-    def _window(self, image: Image.Image | Tensor) -> tuple[float, float, float, float]:
+    def _window(self, picture: Picture) -> tuple[float, float, float, float]:
         """What the token grid covers, as fractions of the upright image."""
-        if isinstance(image, Tensor):
+        if picture.size is None:
             return 0.0, 0.0, 1.0, 1.0
-        x0, y0, x1, y1 = self.model.data_config.window(*image.size)
-        return x0 / image.width, y0 / image.height, x1 / image.width, y1 / image.height
+        width, height = picture.size
+        x0, y0, x1, y1 = self.model.data_config.window(width, height)
+        return x0 / width, y0 / height, x1 / width, y1 / height
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
     def _close(self, asked: _Asked, batch: int, started: float) -> Answered:
         if asked.envelope is None:
-            (job,) = asked.parts
-            assert isinstance(job, Job)
-            return self._sized(self.documents.text(job, batch, started), "fewer targets, layers, features or heatmaps")
+            (job,) = asked.jobs
+            made = self._sized(self.documents.text(job, batch, started), "fewer targets, layers, features or heatmaps")
+            self.documents.audit(job)
+            return made
         documents, outputs = [], []
         for part in asked.parts:
             try:
@@ -324,7 +328,11 @@ class Engine:
                 if asked.envelope.whole:
                     raise
                 documents.append(problem.document().model_dump_json(exclude_none=True))
-        return self._sized(asked.envelope.close(documents, outputs), "fewer images, targets, layers or features")
+        made = self._sized(asked.envelope.close(documents, outputs), "fewer images, targets, layers or features")
+        for job in asked.jobs:
+            if job.problem is None:
+                self.documents.audit(job)
+        return made
 
     def _sized(self, body: str, advice: str) -> Answered:
         size = len(body) if body.isascii() else len(body.encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from elude_runtime.api.schema.json_text import JSONError, parse_json
 from elude_runtime.api.schema.operations import DescribeRequest, FeaturesRequest, VectorsRequest
 from elude_runtime.api.schema.request import Request
 from elude_runtime.errors import ImagesError, ImageTooLargeError
-from elude_runtime.network.preprocessing import SERVED_FORMATS, decode_image
+from elude_runtime.network.preprocessing import SERVED_FORMATS, decode_image, to_input
 
 OPERATIONS: dict[str, type[Document]] = {
     "features": FeaturesRequest,
@@ -54,12 +54,48 @@ class Body:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image as the model takes it, float32 [3, H, W], and the size in pixels that it had upright, None where it came
+    as the model's own input."""
+
+    tensor: Tensor
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Question:
-    """What is asked about one image: the validated document, and the upright RGB image, or in its place the model's
-    own input float32 [3, H, W]."""
+    """What is asked about one image: the validated document, and the image."""
 
     request: Request
-    image: Image.Image | Tensor
+    picture: Picture
+
+
+class ImageReader:
+    """Reads the images of one request, however many: each is decoded, preprocessed and dropped before the next."""
+
+    def __init__(self, config: ServingConfig, transform: Callable[[Image.Image], Tensor]) -> None:
+        self._config, self._transform = config, transform
+        self._pixels = 0
+
+    def read(self, encoded: bytes) -> Picture:
+        """Problem for an image that is too large or cannot be decoded, or where it and those before are too large."""
+        limit = self._config.max_image_bytes
+        if len(encoded) > limit:
+            raise Problem("image-too-large", f"The image has {len(encoded)} bytes, the limit is {limit}.")
+        left = self._config.max_request_pixels - self._pixels
+        if left <= 0:
+            raise Problem(
+                "image-too-large",
+                f"The request's images have over {self._config.max_request_pixels} pixels in all; send fewer, or "
+                "smaller ones.",
+            )
+        try:
+            image = decode_image(encoded, self._config.max_image_pixels, SERVED_FORMATS)
+            self._pixels += image.width * image.height
+            return Picture(to_input(image, self._transform), image.size)
+        except ImagesError as error:
+            too_large = isinstance(error, ImageTooLargeError)
+            raise Problem("image-too-large" if too_large else "invalid-image", str(error)) from error
 
 
 def read_body(row: Row, config: ServingConfig) -> Body:
@@ -81,8 +117,8 @@ def read_body(row: Row, config: ServingConfig) -> Body:
     return Body(document, image, route)
 
 
-def read_question(document: Any, image: bytes | None, config: ServingConfig, *, explain: bool) -> Question:
-    """A prediction request and its image, decoded. explain: `explain` defaults to {}. Raises Problem."""
+def read_question(document: Any, image: bytes | None, reader: ImageReader, *, explain: bool) -> Question:
+    """A prediction request and its image, read. explain: `explain` defaults to {}. Raises Problem."""
     request = read_request(document, explain=explain)
     if image is None:
         if request.image is None:
@@ -90,7 +126,7 @@ def read_question(document: Any, image: bytes | None, config: ServingConfig, *, 
         image = from_base64(request.image.b64, ["image", "b64"])
     elif request.image is not None:
         raise Problem("invalid-document", "image: the image came as a part of its own; leave it out of the document.")
-    return Question(request, read_image(image, config))
+    return Question(request, reader.read(image))
 
 
 def read_request(document: Any, *, explain: bool) -> Request:
@@ -113,17 +149,6 @@ def from_base64(text: str, loc: list[str | int]) -> bytes:
     except (binascii.Error, ValueError) as error:
         where = ".".join(map(str, loc))
         raise Problem("invalid-image", f"{where}: the text is not base64.", at(loc, "not base64")) from error
-
-
-def read_image(encoded: bytes, config: ServingConfig) -> Image.Image:
-    """The upright RGB image. Problem for one that is too large or cannot be decoded."""
-    if len(encoded) > config.max_image_bytes:
-        raise Problem("image-too-large", f"The image has {len(encoded)} bytes, the limit is {config.max_image_bytes}.")
-    try:
-        return decode_image(encoded, config.max_image_pixels, SERVED_FORMATS)
-    except ImagesError as error:
-        too_large = isinstance(error, ImageTooLargeError)
-        raise Problem("image-too-large" if too_large else "invalid-image", str(error)) from error
 
 
 def _document(row: Row, config: ServingConfig, route: str) -> tuple[Any, bytes | None]:

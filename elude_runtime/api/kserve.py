@@ -8,10 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from elude_runtime.api.config import ServingConfig
-from elude_runtime.api.intake import Question, from_base64, read_image, read_question, read_request, validated
+from elude_runtime.api.intake import (
+    ImageReader,
+    Picture,
+    Question,
+    from_base64,
+    read_question,
+    read_request,
+    validated,
+)
 from elude_runtime.api.problems import Problem, at
 from elude_runtime.api.schema.json_text import JSONError, parse_json
 from elude_runtime.api.schema.kserve import V1Request, V2Reply, V2ReplyTensor, V2Request
@@ -21,11 +30,11 @@ from elude_runtime.api.schema.reply import ModelInfo
 @dataclass(frozen=True)
 class Envelope:
     """questions: what is asked about each image, or what is wrong with it; close: the body around the documents (JSON
-    text) of the answers, in the same order; place: of the images in the document. whole: one problem is the whole
-    request's."""
+    text) of the answers, in the same order; place: of the list of questions in the document, or of the question that
+    holds for all. whole: it holds for all, and one problem is the whole request's."""
 
     questions: list[Question | Problem]
-    close: Callable[[Sequence[str], Sequence[list[float]]], str]
+    close: Callable[[Sequence[str], Sequence[Sequence[float]]], str]
     place: list[str | int]
     whole: bool
 
@@ -35,22 +44,28 @@ def is_kserve(document: Any) -> bool:
 
 
 def open_envelope(
-    document: dict[str, Any], config: ServingConfig, info: ModelInfo, input_size: tuple[int, int, int], *, explain: bool
+    document: dict[str, Any],
+    config: ServingConfig,
+    info: ModelInfo,
+    input_size: tuple[int, int, int],
+    reader: ImageReader,
+    *,
+    explain: bool,
 ) -> Envelope:
     """Raises Problem where the envelope itself is wrong."""
     if "instances" in document:
-        return _open_v1(document, config, explain=explain)
-    return _open_v2(document, config, info, input_size, explain=explain)
+        return _open_v1(document, config, reader, explain=explain)
+    return _open_v2(document, config, info, input_size, reader, explain=explain)
 
 
-def _open_v1(document: dict[str, Any], config: ServingConfig, *, explain: bool) -> Envelope:
+def _open_v1(document: dict[str, Any], config: ServingConfig, reader: ImageReader, *, explain: bool) -> Envelope:
     instances = validated(V1Request, document).instances
     _few_enough(len(instances), config)
     questions: list[Question | Problem] = []
     for instance in instances:
         try:
             one = {"image": instance} if set(instance) == {"b64"} else instance
-            questions.append(read_question(one, None, config, explain=explain))
+            questions.append(read_question(one, None, reader, explain=explain))
         except Problem as problem:
             questions.append(problem)
     return Envelope(
@@ -59,7 +74,13 @@ def _open_v1(document: dict[str, Any], config: ServingConfig, *, explain: bool) 
 
 
 def _open_v2(
-    document: dict[str, Any], config: ServingConfig, info: ModelInfo, input_size: tuple[int, int, int], *, explain: bool
+    document: dict[str, Any],
+    config: ServingConfig,
+    info: ModelInfo,
+    input_size: tuple[int, int, int],
+    reader: ImageReader,
+    *,
+    explain: bool,
 ) -> Envelope:
     asked = validated(V2Request, document)
     given = asked.inputs[0]
@@ -70,27 +91,32 @@ def _open_v2(
             template = parse_json(template.encode(), config.max_json_depth)
         except JSONError as error:
             raise Problem("not-json", f"parameters.elude: {error}", at(["parameters", "elude"], "not JSON")) from error
-    request = read_request(template, explain=explain)
+    try:
+        request = read_request(template, explain=explain)
+    except Problem as problem:
+        for error in problem.errors or []:
+            error.loc[:0] = ["parameters", "elude"]
+        raise
     if request.image is not None:
         raise Problem("invalid-document", "parameters.elude: the images stand in `inputs`; leave `image` out.")
     if asked.id is not None and request.id is None:
         request = request.model_copy(update={"id": asked.id})
-    images: list[Any]
     if given.datatype == "BYTES":
         if len(given.shape) != 1 or len(given.data) != given.shape[0]:
             raise _wrong_shape(f"BYTES of shape [N] have N images in base64, and there are {len(given.data)}")
         if not all(isinstance(text, str) for text in given.data):
             raise Problem("invalid-document", "inputs.0.data: BYTES are images in base64, as JSON strings.")
         encoded = [from_base64(text, ["inputs", 0, "data", n]) for n, text in enumerate(given.data)]
-        images = [read_image(one, config) for one in encoded]
+        pictures = [_read_one(reader, one, n) for n, one in enumerate(encoded)]
     else:
-        images = list(_tensor(given.data, given.shape, input_size))
-    questions: list[Question | Problem] = [Question(request, image) for image in images]
+        pictures = [Picture(tensor) for tensor in _tensor(given.data, given.shape, input_size)]
+    questions: list[Question | Problem] = [Question(request, picture) for picture in pictures]
     names = [one.name for one in asked.outputs] if asked.outputs else ["logits", "elude"]
 
-    def close(documents: Sequence[str], logits: Sequence[list[float]]) -> str:
+    def close(documents: Sequence[str], logits: Sequence[Sequence[float]]) -> str:
+        numbers = [float(text) for row in logits for text in np.asarray(row, np.float32).astype(str)]
         found = {
-            "logits": ("FP32", [len(logits), len(logits[0])], [v for row in logits for v in row]),
+            "logits": ("FP32", [len(logits), len(logits[0])], numbers),
             "elude": ("BYTES", [len(documents)], list(documents)),
         }
         outputs = [
@@ -101,7 +127,7 @@ def _open_v2(
         reply = V2Reply(model_name=info.name, model_version=info.version, id=identity, outputs=outputs)
         return reply.model_dump_json()
 
-    return Envelope(questions, close, ["inputs", 0, "data"], whole=True)
+    return Envelope(questions, close, ["parameters", "elude"], whole=True)
 
 
 def _tensor(data: list[Any], shape: list[int], input_size: tuple[int, int, int]) -> torch.Tensor:
@@ -123,6 +149,16 @@ def _tensor(data: list[Any], shape: list[int], input_size: tuple[int, int, int])
     if not bool(torch.isfinite(made).all()):
         raise Problem("invalid-document", "inputs.0.data: a number is too large for FP32.")
     return made.view(wanted)
+
+
+def _read_one(reader: ImageReader, encoded: bytes, number: int) -> Picture:
+    """Problem with the image's place in the request."""
+    try:
+        return reader.read(encoded)
+    except Problem as problem:
+        loc: list[str | int] = ["inputs", 0, "data", number]
+        where = ".".join(map(str, loc))
+        raise Problem(problem.kind, f"{where}: {problem.detail}", at(loc, problem.detail)) from problem
 
 
 def _wrong_shape(reason: str) -> Problem:

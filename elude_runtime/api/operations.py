@@ -9,7 +9,7 @@ import elude_runtime
 from elude_runtime.analysis.contrast import contrast
 from elude_runtime.analysis.model import EludeModel
 from elude_runtime.api.config import ServingConfig
-from elude_runtime.api.intake import from_base64, read_image
+from elude_runtime.api.intake import ImageReader, from_base64
 from elude_runtime.api.openapi import openapi
 from elude_runtime.api.policies import PolicyBook
 from elude_runtime.api.problems import PROBLEMS, Problem, at
@@ -21,7 +21,6 @@ from elude_runtime.api.schema.request import AddEdit, ImageBytes
 from elude_runtime.checkpoint.catalogue import FeatureCatalogue, FeatureFacts
 from elude_runtime.checkpoint.vectors import StoredVector
 from elude_runtime.errors import closest
-from elude_runtime.network.preprocessing import to_input
 
 _AT_ONCE = 8  # images of a `vectors` request in one pass
 
@@ -98,9 +97,8 @@ def _feature(facts: FeatureFacts) -> wire.FeatureInfo:
     return wire.FeatureInfo(**{name: getattr(facts, name) for name in wire.FeatureInfo.model_fields})
 
 
-def vector_images(asked: wire.VectorsRequest, model: EludeModel, config: ServingConfig) -> tuple[Tensor, Tensor]:
-    """The two sets preprocessed, [N, 3, H, W] each, on the model's device. Problem for bad images, an unknown layer, a
-    limit."""
+def check_vectors(asked: wire.VectorsRequest, model: EludeModel, config: ServingConfig) -> None:
+    """Problem for an unknown layer or a limit exceeded, before any image is decoded."""
     if asked.layer not in model.layers:
         near = closest(asked.layer, model.layers) or model.layers
         detail = f"The checkpoint has no split layer {asked.layer[:80]!r}."
@@ -112,7 +110,11 @@ def vector_images(asked: wire.VectorsRequest, model: EludeModel, config: Serving
     ):
         if value > limit:
             raise Problem("limit-exceeded", f"{name} is {value}, the limit is {limit}; ask for less.")
-    return _inputs(model, config, "positive", asked.positive), _inputs(model, config, "negative", asked.negative)
+
+
+def vector_images(asked: wire.VectorsRequest, model: EludeModel, reader: ImageReader) -> tuple[Tensor, Tensor]:
+    """The two sets preprocessed, [N, 3, H, W] each, on the model's device. Problem for bad images."""
+    return _inputs(model, reader, "positive", asked.positive), _inputs(model, reader, "negative", asked.negative)
 
 
 def vectors(
@@ -140,12 +142,12 @@ def vectors(
     )
 
 
-def _inputs(model: EludeModel, config: ServingConfig, side: str, images: list[ImageBytes]) -> Tensor:
-    transform, inputs = model.data_config.transform(), []
+def _inputs(model: EludeModel, reader: ImageReader, side: str, images: list[ImageBytes]) -> Tensor:
+    inputs = []
     for number, image in enumerate(images):
         loc: list[str | int] = [side, number, "b64"]
         try:
-            inputs.append(to_input(read_image(from_base64(image.b64, loc), config), transform))
+            inputs.append(reader.read(from_base64(image.b64, loc)).tensor)
         except Problem as problem:
             raise Problem(problem.kind, f"{side}.{number}: {problem.detail}", at(loc, problem.detail)) from problem
     parameter = next(model.base.parameters())

@@ -1,13 +1,13 @@
 """Policies on a server: which there are, which are in force by the operator's word, and the audit of both.
 
 None is in force unless a request names it or the operator sets a default. ELUDE_POLICIES_OFF=1 turns all of them off at
-the next start of a worker, whatever archive and configuration say; a policy that cannot be used stops no such start.
+the next start of the server, whatever archive and configuration say; a policy that cannot be used stops no such start.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -90,6 +90,8 @@ class PolicyBook:
                 )
         self.defaults = [rule for rule in map(self.rules.get, config.default_policies) if rule and not self.off]
         self.shadows = [rule for rule in map(self.rules.get, config.shadow_policies) if rule and not self.off]
+        _fit_together(model, self.defaults, "default_policies")
+        _fit_together(model, self.shadows, "shadow_policies")
         for rule in (*self.defaults, *self.shadows):
             audit.info("policy %s sha256 %s in force (%s) since %s", rule.name, rule.sha256, rule.mode, rule.since)
         if self.off and (config.default_policies or config.shadow_policies):
@@ -133,6 +135,14 @@ def validated_policy(name: str, document: Mapping[str, Any]) -> Policy:
 def digest(policy: Policy, vectors: Mapping[str, StoredVector]) -> str:
     """What audit lines name: SHA-256 over what the policy says and what the vectors are that it names."""
     return policy_sha256(policy.model_dump(mode="json", exclude_unset=True), vectors)
+
+
+def _fit_together(model: EludeModel, rules: Sequence[Rule], key: str) -> None:
+    """Policies in force together are planned together once, so that no request meets their clash."""
+    try:
+        plan(model, [rule.steering for rule in rules])
+    except Problem as problem:
+        raise ConfigError(f"The policies of `{key}` cannot be in force together: {problem.detail}") from problem
 
 
 def _tried(model: EludeModel, name: str, policy: Policy, vectors: Mapping[str, StoredVector]) -> Steering:

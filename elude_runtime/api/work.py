@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from elude_runtime.analysis.model import EludeModel
 from elude_runtime.api.config import ServingConfig
@@ -17,6 +17,10 @@ from elude_runtime.api.problems import Problem
 from elude_runtime.api.schema.request import Change, Explain, Request
 
 _BACKWARD = 2
+# torch's counter knows the attention kernels of GPUs only
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 
 
 def tail_shares(model: EludeModel) -> dict[str, float]:
@@ -24,14 +28,18 @@ def tail_shares(model: EludeModel) -> dict[str, float]:
     parameter = next(model.base.parameters())
     images = torch.zeros(1, *model.data_config.input_size, device=parameter.device, dtype=parameter.dtype)
     recording = model.record(images)
-    with FlopCounterMode(display=False) as whole, torch.no_grad():
+    with _counter() as whole, torch.no_grad():
         model.base(images)
     rows, shares = torch.zeros(1, dtype=torch.long, device=parameter.device), {}
     for layer in model.layers:
-        with FlopCounterMode(display=False) as tail, torch.no_grad():
+        with _counter() as tail, torch.no_grad():
             model.tails.run(recording, layer, recording.y[layer], rows)
         shares[layer] = round(min(1.0, tail.get_total_flops() / max(1, whole.get_total_flops())), 4)
     return shares
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
 
 
 def explain_work(explain: Explain, layers: Sequence[str], shares: Mapping[str, float]) -> float:

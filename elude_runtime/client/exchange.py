@@ -164,7 +164,7 @@ def seconds_to_wait(outcome: httpx.Response | httpx.HTTPError, attempt: int, ret
     Only where nothing was done: a 503, or no connection. Retry-After is kept to, up to `LONGEST_WAIT`; else the wait
     doubles. Both get a random part, so that many clients do not come back at one moment.
     """
-    refused = isinstance(outcome, httpx.ConnectError)
+    refused = isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout)
     if attempt >= retries or not (refused or (isinstance(outcome, httpx.Response) and outcome.status_code == 503)):
         return None
     grown = _FIRST_WAIT * 2**attempt

@@ -184,11 +184,11 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def to_input(image: Image.Image, transform: Any) -> Tensor:
-    """Upright RGB image -> float32 [3, H, W], by timm's transform. ImagesError for one too narrow to be scaled."""
+    """Upright RGB image -> float32 [3, H, W], by timm's transform. ImageTooLargeError for one that is too narrow."""
     try:
         tensor = transform(image)
     except ValueError as error:  # crop_mode border: the shorter side is scaled to less than half a pixel
-        raise ImagesError(
+        raise ImageTooLargeError(
             f"The image is {image.width} x {image.height}, too narrow to be scaled to the model's input; crop it."
         ) from error
     return tensor if isinstance(tensor, Tensor) else torch.as_tensor(tensor)

@@ -252,7 +252,9 @@ def test_a_value_that_is_too_large_is_left_to_the_caller_to_refuse() -> None:
 
 
 def found_infinite(state: SplitState, x: Tensor) -> tuple[Tensor, Any]:
-    plan = plan_steering(model_of(state), Steering((Edit(f"{state.name}/P0", "scale", 1e200),)))
+    plan = plan_steering(
+        model_of(state), Steering((Edit(f"{state.name}/P0", "scale", 1e38),), strength_multiplier=1e38)
+    )
     with torch.no_grad():
         found = layer_change(state, x, state.linear.module(x), plan, {0})
     return found.change, found

@@ -161,7 +161,7 @@ BAD = [
     ),
     Bad(
         "non-finite-output",
-        document({"steer": {"edits": [{"feature": P0, "mode": "scale", "value": 1e300}]}}),
+        document({"steer": {"edits": [{"feature": P0, "mode": "scale", "value": 1e38}], "strength_multiplier": 1e38}}),
         "smaller values",
     ),
     Bad("limit-exceeded", document({"explain": {"method": "ablation"}}), "the limit is 1", {"max_work": 1}),
