@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elude_runtime.analysis.attribution import FeatureAttribution, LayerExplanation
+from elude_runtime.analysis.attribution import LayerExplanation
 from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.layer_tails import LayerTails, Question
 from elude_runtime.analysis.split_state import SplitState
@@ -67,12 +67,18 @@ def pair_effects(
     ]
 
 
-def measured(
-    tails: LayerTails, explained: Sequence[Sequence[LayerExplanation]], signs: Sequence[str]
-) -> list[list[LayerExplanation]]:
-    """Explanations by gradient, a question and target each, with minus the true effect as attribution of the features
-    they list, those left out whose effect turns out to have the other sign than asked for; an edit of the layer is
-    measured likewise. A feature listed for several targets is ablated once."""
+@dataclass(frozen=True)
+class Effects:
+    """What ablating each of some features of a layer does to one target; edit: of taking out what edits added to the
+    layer's output, None where it was not edited."""
+
+    features: Mapping[Feature, float]
+    edit: float | None
+
+
+def true_effects(tails: LayerTails, explained: Sequence[Sequence[LayerExplanation]]) -> list[list[Effects]]:
+    """Of the features that explanations list, a question and target each. A feature listed for several targets is
+    ablated once."""
     state = tails.state
     features = [list(dict.fromkeys(f.feature for e in own for f in e.features)) for own in explained]
     changes: list[list[Callable[[], Tensor]]] = []
@@ -81,28 +87,38 @@ def measured(
         edit = tails.questions[i].change.get(state.name)
         if edit is not None:
             changes[i].append(partial(torch.neg, edit[None]))
-    found: list[list[LayerExplanation]] = []
-    for i, effects in enumerate(tails.effects(changes)):
-        found.append([])
-        for e, row in zip(explained[i], effects.tolist(), strict=True):
-            listed = _with_effects(e.features, dict(zip(features[i], row, strict=False)), signs[i])
-            edited = -row[-1] if len(row) > len(features[i]) else None
-            found[i].append(replace(e, completeness_error=None, features=listed, edit_attribution=edited))
-    return found
+    return [
+        [
+            Effects(dict(zip(own, row, strict=False)), row[-1] if len(row) > len(own) else None)
+            for row in effects.tolist()
+        ]
+        for own, effects in zip(features, tails.effects(changes), strict=True)
+    ]
+
+
+def by_effect(explained: LayerExplanation, effects: Effects, sign: str) -> LayerExplanation:
+    """The explanation with minus the true effect as attribution, largest first; those left out whose effect turns out
+    to have the other sign than asked for. It does not add up: only the listed features were measured."""
+    wanted = {"both": (-1, 0, 1), "positive": (1,), "negative": (-1,)}[sign]
+    listed = []
+    for f in explained.features:
+        effect = effects.features[f.feature]
+        if (effect < 0) - (effect > 0) in wanted:
+            listed.append(replace(f, attribution=-effect, effect=effect, ablation_error=0.0))
+    listed.sort(key=lambda f: -abs(f.attribution))
+    edited = None if effects.edit is None else -effects.edit
+    return replace(explained, completeness_error=None, features=listed, edit_attribution=edited)
+
+
+def with_effects(explained: LayerExplanation, effects: Effects) -> LayerExplanation:
+    """The explanation with the true effect of every listed feature beside its attribution."""
+    listed = []
+    for f in explained.features:
+        effect = effects.features[f.feature]
+        listed.append(replace(f, effect=effect, ablation_error=f.attribution + effect))
+    return replace(explained, features=listed)
 
 
 def _removal(state: SplitState, x: Tensor, features: Sequence[Feature]) -> Callable[[], Tensor]:
     """Makes the change [1, T, d] of the layer's output that puts features at their calibration mean."""
     return lambda: -sum((state.write(x, f) for f in features[1:]), state.write(x, features[0]))
-
-
-def _with_effects(
-    listed: Sequence[FeatureAttribution], effects: Mapping[Feature, float], sign: str
-) -> list[FeatureAttribution]:
-    wanted = {"both": (-1, 0, 1), "positive": (1,), "negative": (-1,)}[sign]
-    kept = []
-    for f in listed:
-        effect = effects[f.feature]
-        if (effect < 0) - (effect > 0) in wanted:
-            kept.append(replace(f, attribution=-effect, effect=effect, ablation_error=0.0))
-    return sorted(kept, key=lambda f: -abs(f.attribution))

@@ -21,14 +21,16 @@ METHODS = (AUTO, GRADIENT, INTEGRATED, ABLATION)
 @dataclass(frozen=True)
 class ExplainOptions:
     """method: one of `METHODS`; steps: integration nodes; level: "concepts" or "subunits"; sign: which attributions
-    are listed ("both" by absolute value); heatmaps: activation of each listed feature on the token grid; pixels: what
-    of the input image each listed feature's peak activation rests on."""
+    are listed ("both" by absolute value); effects: the listed features are ablated too, one by one; heatmaps:
+    activation of each listed feature on the token grid; pixels: what of the input image each listed feature's peak
+    activation rests on."""
 
     method: str = AUTO
     steps: int = 4
     level: str = "concepts"
     top_features: int = 10
     sign: str = "both"
+    effects: bool = False
     heatmaps: bool = False
     pixels: bool = False
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elude_runtime.analysis.ablation import measured
+from elude_runtime.analysis.ablation import by_effect, true_effects, with_effects
 from elude_runtime.analysis.attribution import (
     ABLATION,
     AUTO,
@@ -85,12 +85,15 @@ def _explain_layer(
         ]
         for i, (request, method, baseline) in enumerate(zip(requests, methods, tails.baselines(), strict=True))
     ]
-    ablated = [i for i, method in enumerate(methods) if method == ABLATION]
+    ablated = [i for i, r in enumerate(requests) if methods[i] == ABLATION or r.options.effects]
     if ablated:
         tails = LayerTails(model.tails, recording, model.states, layer, [questions[i] for i in ablated])
-        signs = [requests[i].options.sign for i in ablated]
-        for i, own in zip(ablated, measured(tails, [found[i] for i in ablated], signs), strict=True):
-            found[i] = own
+        for i, effects in zip(ablated, true_effects(tails, [found[i] for i in ablated]), strict=True):
+            sign = requests[i].options.sign
+            found[i] = [
+                by_effect(e, own, sign) if methods[i] == ABLATION else with_effects(e, own)
+                for e, own in zip(found[i], effects, strict=True)
+            ]
     return found
 
 

@@ -162,11 +162,12 @@ class EludeModel(nn.Module):
         level: str = "concepts",
         steps: int = 4,
         sign: str = "both",
+        effects: bool = False,
         heatmaps: bool = False,
         pixels: bool = False,
     ) -> list[list[Explanation]]:
         """For every image, one explanation a target (default: each image's top class), layers in network order."""
-        options = ExplainOptions(method, steps, level, top_features, sign, heatmaps, pixels)
+        options = ExplainOptions(method, steps, level, top_features, sign, effects, heatmaps, pixels)
         names = self.layers if layers is None else [self.state(name).name for name in layers]
         recording = self.record(x, names)
         embedding = self.manifest.output == "embedding"

@@ -245,6 +245,7 @@ def explain_options(explain: Explain) -> ExplainOptions:
         explain.level,
         explain.top_features,
         explain.sign,
+        effects=explain.effects,
         heatmaps=explain.heatmaps != "none",
         pixels=explain.pixels,
     )

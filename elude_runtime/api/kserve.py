@@ -94,8 +94,8 @@ def _open_v2(
     try:
         request = read_request(template, explain=explain)
     except Problem as problem:
-        for error in problem.errors or []:
-            error.loc[:0] = ["parameters", "elude"]
+        for found in problem.errors or []:
+            found.loc[:0] = ["parameters", "elude"]
         raise
     if request.image is not None:
         raise Problem("invalid-document", "parameters.elude: the images stand in `inputs`; leave `image` out.")

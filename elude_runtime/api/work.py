@@ -47,12 +47,16 @@ def explain_work(explain: Explain, layers: Sequence[str], shares: Mapping[str, f
     targets = count_targets(explain)
     nodes = explain.steps if explain.method in ("auto", "integrated_gradients") else 1
     rows = 1 + nodes * (1 + _BACKWARD * targets)
-    if explain.method == "ablation":
+    if _ablates(explain):
         rows += targets * (explain.top_features + 1)
     work = rows * sum(shares[layer] for layer in layers)
     if explain.pixels:
         work += len(layers) * (1 + _BACKWARD * targets * explain.top_features)
     return work
+
+
+def _ablates(explain: Explain) -> bool:
+    return explain.method == "ablation" or explain.effects
 
 
 def steer_work(edited: Sequence[str], shares: Mapping[str, float]) -> float:
@@ -91,8 +95,8 @@ def check_limits(request: Request, config: ServingConfig, layers: int) -> None:
         maps = (explain.heatmaps != "none") + explain.pixels
         per_feature = "explain.top_features times targets and layers"
         found.append((f"{per_feature}, with heatmaps or pixels", maps * listed, config.max_heatmaps))
-        if explain.method == "ablation":
-            found.append((f"{per_feature}, with ablation", listed, config.max_ablations))
+        if _ablates(explain):
+            found.append((f"{per_feature}, each for an ablation", listed, config.max_ablations))
     if request.steer is not None:
         found.append(("steer.edits and vectors", count_changes(request.steer), config.max_edits))
     if request.activations is not None:

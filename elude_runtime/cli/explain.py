@@ -34,6 +34,10 @@ def explain(
     level: Annotated[str, typer.Option(help="concepts or subunits.")] = "concepts",
     top: Annotated[int, typer.Option(help="Features listed.")] = 10,
     sign: Annotated[str, typer.Option(help="both, positive or negative.")] = "both",
+    effects: Annotated[
+        bool,
+        typer.Option("--effects", help="Also ablate each listed feature: its true effect, beside its attribution."),
+    ] = False,
     pixels: Annotated[bool, typer.Option("--pixels", help="Also where in the image each activation rests.")] = False,
     edit: one.Edits = None,
     vector: one.Vectors = None,
@@ -55,6 +59,7 @@ def explain(
         "top_features": top,
         "sign": sign,
         "heatmaps": "none" if png is None else "values",
+        "effects": effects,
         "pixels": pixels,
     }
     steer = one.steer_document(edit, vector, policy, multiplier, conflict)

@@ -46,6 +46,7 @@ class ExplainFields(TypedDict, total=False):
     level: Literal["concepts", "subunits"]
     top_features: int
     sign: Literal["both", "positive", "negative"]
+    effects: bool
     heatmaps: Literal["none", "values", "png"]
     pixels: bool
 

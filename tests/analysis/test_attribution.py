@@ -224,6 +224,23 @@ def test_ablation_is_the_true_effect(rewritten: Rewritten, level: str) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize("method", ["gradient", "integrated_gradients"])
+@pytest.mark.parametrize("level", ["concepts", "subunits"])
+def test_effects_stand_beside_attributions(rewritten: Rewritten, method: str, level: str) -> None:
+    """The explanation is the one without them, and the effects are those that ablation measures."""
+    options = {"method": method, "level": level, "top_features": 6}
+    plain = explained(rewritten, rewritten.layer, TARGETS[0], **options)
+    found = explained(rewritten, rewritten.layer, TARGETS[0], effects=True, **options)
+    every = {**options, "method": "ablation", "top_features": 10_000}
+    true = {f.feature: f.effect for f in explained(rewritten, rewritten.layer, TARGETS[0], **every).features}
+    assert [(f.feature, f.attribution) for f in found.features] == [(f.feature, f.attribution) for f in plain.features]
+    assert found.completeness_error == plain.completeness_error
+    for f in found.features:
+        assert f.effect == pytest.approx(true[f.feature], rel=1e-3, abs=1e-5)
+        assert f.ablation_error == f.attribution + f.effect
+    assert any(f.ablation_error for f in found.features)
+
+
 @pytest.mark.parametrize("method", ["gradient", "integrated_gradients", "ablation"])
 def test_sign_chooses_what_is_listed(vit: Rewritten, method: str) -> None:
     options = {"method": method, "level": "subunits", "top_features": 200}

@@ -328,6 +328,7 @@ class TestWork:
             ({"method": "gradient", "targets": [1, {"top": 2}]}, 1 + 1 * 7, 0),
             ({"method": "integrated_gradients", "steps": 6, "targets": [1, 2]}, 1 + 6 * 5, 0),
             ({"method": "ablation", "top_features": 7}, 1 + 3 + 8, 0),
+            ({"method": "gradient", "top_features": 7, "effects": True}, 1 + 3 + 8, 0),
             ({"method": "gradient", "pixels": True, "top_features": 5}, 1 + 3, 2 * (1 + 2 * 5)),
         ],
     )

@@ -5,25 +5,35 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPResponse
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import pytest
 
 pytest.importorskip("ts")
-from bad_input import CONV_MODEL, LAST_MODEL, PNG, TABLE, VIT_MODEL, Input, last_block
+from api_faults import damaged, wrong
+from api_strategies import Call, World, right
+from bad_input import CONV_MODEL, LAST_MODEL, P0, PNG, TABLE, VIT_MODEL, WIDTH, Input, last_block
 from conftest import Rewritten
-from support import encoded, picture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import SECOND, encoded, picture
 
 from elude_runtime.api.config import ServingConfig
 from elude_runtime.api.engine import Engine, Row
 from elude_runtime.api.schema.reply import ProblemDocument, Reply
+from elude_runtime.checkpoint.policies import save_policy
+from elude_runtime.checkpoint.vectors import StoredVector, save_vector
 from elude_runtime.cli.archive import build_archive
 from elude_runtime.cli.torchserve import Server
 
@@ -49,6 +59,10 @@ class Served:
         headers = {**case.headers, "Content-Type": case.content_type}
         return httpx.post(url, content=case.body, headers=headers, timeout=60)
 
+    def plain(self) -> httpx.Response:
+        """A prediction of the first neighbour."""
+        return self.send(plain(NEIGHBOURS[0], VIT_MODEL))
+
     def workers(self) -> dict[str, Any]:
         """Process id and state of each model's worker."""
         found = {}
@@ -67,13 +81,29 @@ def served(tmp_path_factory: pytest.TempPathFactory, vit: Rewritten, mobilenet: 
     folder = tmp_path_factory.mktemp("bad")
     settings = folder / "model-config.yaml"
     settings.write_text(f"minWorkers: 1\nmaxWorkers: 1\nbatchSize: {BATCH}\nmaxBatchDelay: 500\nresponseTimeout: 120\n")
-    paths = {VIT_MODEL: vit.path, CONV_MODEL: mobilenet.path, LAST_MODEL: last_block(folder / "last")}
+    paths = {
+        VIT_MODEL: _with_interventions(vit, folder / "vit"),
+        CONV_MODEL: mobilenet.path,
+        LAST_MODEL: last_block(folder / "last"),
+    }
     for name, path in paths.items():
         build_archive(path, folder / "store", name=name, config=settings)
     engines = {n: Engine.open(p, ServingConfig(), name=n, version="1.0") for n, p in paths.items()}
     with Server(folder / "store", token_auth=False, environment={"ELUDE_THREADS": "1"}) as server:
         server.wait_ready(240)
         yield Served(server, engines)
+
+
+def _with_interventions(vit: Rewritten, out: Path) -> Path:
+    """A copy of the checkpoint with a vector and a policy."""
+    shutil.copytree(vit.path, out)
+    partition = vit.model.manifest.partition_sha256
+    direction = np.linspace(-1, 1, WIDTH, dtype=np.float32)
+    save_vector(
+        out, StoredVector("waves", SECOND, partition, "2026-01-01T00:00:00+00:00", direction, [], [], None, 1, 1)
+    )
+    save_policy(out, "calm", {"partition_sha256": partition, "edits": [{"feature": P0, "mode": "ablate"}]})
+    return out
 
 
 def content(text: str) -> dict[str, Any]:
@@ -182,6 +212,47 @@ def test_nothing_of_a_client_is_in_the_servers_answers_to_others(served: Served)
         found = list(pool.map(served.send, cases))
     for case, answered in zip(cases, found, strict=True):
         assert answered.status_code == case.status and case.said in answered.text, case.name
+
+
+def test_generated_requests(served: Served) -> None:
+    """Right, wrong and damaged documents, four at a time: the engine's own statuses, no 5xx but 503 and a number that
+    left float32 (`non-finite-output`), the same worker at the end, and nobody else's answer touched."""
+    engine, before = served.engines[VIT_MODEL], served.workers()
+    world = World.of(engine)
+    calls: list[Call] = []
+
+    @settings(max_examples=70, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.tuples(right(world), wrong(world), damaged(world)))
+    def collect(drawn: tuple[Call, ...]) -> None:
+        calls.extend(drawn)
+
+    collect()
+    plain_logits = {}
+    with ThreadPoolExecutor(4) as pool:
+        for start in range(0, len(calls), 3):
+            group = calls[start : start + 3]
+            *found, neighbour = pool.map(lambda ask: ask(), [*(partial(_sent, served, c) for c in group), served.plain])
+            for call, answered in zip(group, found, strict=True):
+                kind = answered.json()["type"] if answered.status_code != 200 else ""
+                assert answered.status_code < 500 or answered.status_code == 503 or kind == "non-finite-output", call
+                alone = engine.answer([call.row])[0]
+                assert answered.status_code in (alone.status, 503), (call, answered.text)
+                assert "Traceback" not in answered.text
+            assert neighbour.status_code == 200
+            reply = Reply.model_validate_json(neighbour.text)
+            plain_logits.setdefault(reply.batch_size, set()).add(tuple(p.logit for p in reply.predictions))
+    assert served.workers() == before and len(calls) >= 200
+    largest = [value for values in plain_logits.values() for value in values]
+    assert np.ptp(np.array(largest), axis=0).max() < 1e-5  # what batch shapes do to last bits, and no more
+
+
+def _sent(served: Served, call: Call) -> httpx.Response:
+    url = served.server.url + call.path.replace("/tiny", f"/{VIT_MODEL}")
+    if "image" in call.row.parts:
+        files = {name: (name, data, RAW_PARTS.get(name, "text/plain")) for name, data in call.row.parts.items()}
+        return httpx.post(url, files=files, timeout=60)
+    headers = {"Content-Type": call.row.content_type} if call.row.content_type else {}
+    return httpx.post(url, content=call.row.parts.get("body", b""), headers=headers, timeout=60)
 
 
 def _by_hand(served: Served, line: str, head: str, body: bytes) -> tuple[int, str]:

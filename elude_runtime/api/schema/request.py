@@ -86,7 +86,8 @@ Target = Annotated[
 
 class Explain(Document):
     """Which features carried the decision. method "auto": as the checkpoint recommends for each layer; steps: nodes of
-    integrated gradients; layers: default all; pixels: the gradient of each listed feature's activation on the image."""
+    integrated gradients; layers: default all; effects: each listed feature is ablated too, so that its `effect` stands
+    beside its attribution; pixels: the gradient of each listed feature's activation on the image."""
 
     targets: Annotated[list[Target], Field(min_length=1, max_length=LONGEST_LIST)] = ["top1"]
     method: Literal["auto", "gradient", "integrated_gradients", "ablation"] = "auto"
@@ -95,6 +96,7 @@ class Explain(Document):
     level: Literal["concepts", "subunits"] = "concepts"
     top_features: Annotated[int, Field(ge=1)] = 10
     sign: Literal["both", "positive", "negative"] = "both"
+    effects: bool = False
     heatmaps: Literal["none", "values", "png"] = "none"
     pixels: bool = False
 
