@@ -10,7 +10,7 @@ demo: setup need-java
 	@$(BIN)/elude demo
 
 test: setup need-java
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import elude_runtime
+from elude_runtime.cli.activations import activations
 from elude_runtime.cli.archive import archive
 from elude_runtime.cli.bench import bench
 from elude_runtime.cli.demo import demo
@@ -29,7 +30,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, layers, rewrite, verify, inspect, explain, steer, vector, diff, archive, serve, health):
+COMMANDS = (
+    demo, layers, rewrite, verify, inspect, explain, steer, vector, activations, diff, archive, serve, health,
+)  # fmt: skip
+for command in COMMANDS:
     app.command(command.__name__)(command)
 app.add_typer(policy, name="policy")
 app.add_typer(bench, name="bench")

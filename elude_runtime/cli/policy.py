@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from elude_runtime.cli.edit_text import EDIT_HELP, VECTOR_HELP, parse_edit, parse_vector
+from elude_runtime.cli.progress import console as errors
 
 policy = typer.Typer(
     help="Stored policies: named edits that a request or the server's configuration puts in force.",
     no_args_is_help=True,
 )
 _DEPTH = 32  # nesting of a document in a file
+_WIDTH = 10_000  # the table is as wide as what it holds: in a narrow terminal no name is cut
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT")]
 Name = Annotated[str, typer.Argument(metavar="NAME")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -33,7 +36,7 @@ def list_policies(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
     if not found:
         console.print("No policy is stored; `elude policy set` makes one.")
         return
@@ -81,11 +84,10 @@ def set_policy(
     from elude_runtime.checkpoint.manifest import read_manifest
     from elude_runtime.checkpoint.policies import read_policies, save_policy
     from elude_runtime.checkpoint.vectors import check_partition, checked_name, read_vectors
-    from elude_runtime.errors import EludeError
+    from elude_runtime.errors import CheckpointError, EludeError
 
     checked_name(name, "policy")
     digest = read_manifest(checkpoint).partition_sha256
-    read_policies(checkpoint, digest)  # a file that cannot be added to is said before the work
     document = _document(file)
     for key, parse, texts in (("edits", parse_edit, edit), ("vectors", parse_vector, vector)):
         if not isinstance(document.get(key, []), list):
@@ -97,10 +99,16 @@ def set_policy(
     if description is not None:
         document["description"] = description
     check_partition(str(document.setdefault("partition_sha256", digest)), digest, f"The policy in {file}")
+    _check_text(document)
+    vectors = read_vectors(checkpoint, digest)
+    _check_vectors(document, vectors)
     model = load(checkpoint, trust_factory=trust_factory)
-    book = PolicyBook(model, ServingConfig(), {name: document}, read_vectors(checkpoint, digest))
-    rule = book.rules[name]
+    rule = PolicyBook(model, ServingConfig(), {name: document}, vectors).rules[name]
     replaced = save_policy(checkpoint, name, rule.policy.model_dump(mode="json", exclude_unset=True))
+    try:
+        read_policies(checkpoint, digest)
+    except CheckpointError as error:  # another policy keeps the checkpoint from being served
+        errors.print(f"[yellow]note:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps({"name": name, "sha256": rule.sha256, "replaced": replaced}))
         return
@@ -132,6 +140,27 @@ def _sha256(checkpoint: Path, name: str, document: dict[str, Any]) -> str:
     from elude_runtime.checkpoint.vectors import read_vectors
 
     return digest(validated_policy(name, document), read_vectors(checkpoint, document["partition_sha256"]))
+
+
+def _check_text(document: dict[str, Any]) -> None:
+    """EludeError for text that no file can hold, such as bytes of a command line that are no UTF-8."""
+    from elude_runtime.errors import EludeError
+
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise EludeError(f"The policy holds text that is not Unicode ({error.object[error.start]!r}).") from error
+
+
+def _check_vectors(document: dict[str, Any], known: Collection[str]) -> None:
+    """EludeError, with the closest names, for a stored vector that the policy names and that is not there."""
+    from elude_runtime.errors import EludeError, did_you_mean
+
+    names = [v["name"] for v in document.get("vectors", []) if isinstance(v, dict) and isinstance(v.get("name"), str)]
+    for name in names:
+        if name not in known:
+            stored = f" There are {', '.join(known)}." if known else " None is stored; `elude vector --save` makes one."
+            raise EludeError(f"The checkpoint has no vector {name[:80]!r}.{did_you_mean(name, known) or stored}")
 
 
 def _document(file: Path | None) -> dict[str, Any]:

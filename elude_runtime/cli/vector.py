@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from elude_runtime.offline.images import ImageSource
 
 
+_WIDTH = 10_000  # the table is as wide as what it holds: in a narrow terminal no name or figure is cut
+
+
 def vector(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT")],
     positive: Annotated[str, typer.Option(help=f"Images that have it. {options.IMAGES}")] = ...,  # type: ignore[assignment]
@@ -113,7 +116,7 @@ def _document(result: Contrast, path: Path | None) -> dict[str, Any]:
 
 
 def _print(result: Contrast, top: int, name: str | None, path: Path | None) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
     auc = "too few images to hold some out" if result.auc is None else f"AUC {result.auc:.3f} on images held out"
     console.print(f"[bold]{result.layer}[/]  {result.positive} positive, {result.negative} negative images; {auc}")
     shifts = {e.feature: e.value for e in result.edits}
