@@ -73,12 +73,17 @@ def _short(message: str) -> str:
     return message if len(message) <= 300 else f"{message[:150]} … {message[-100:]}"
 
 
+def _leads_on(value: Any, part: Any) -> bool:
+    """Whether a place can go on from this value. A union's branch may be called like a key that stands beside it."""
+    return isinstance(value, list) if isinstance(part, int) else isinstance(value, dict)
+
+
 def _place(loc: tuple[Any, ...], document: Any) -> list[str | int]:
     """A place as a client knows it: pydantic also names the branches of a union that it tried."""
     found: list[str | int] = []
     for number, part in enumerate(loc):
         if isinstance(document, dict) and isinstance(part, str):
-            if part not in document and number < len(loc) - 1:
+            if number < len(loc) - 1 and not _leads_on(document.get(part), loc[number + 1]):
                 continue
             document = document.get(part)
         elif isinstance(document, list) and isinstance(part, int) and 0 <= part < len(document):

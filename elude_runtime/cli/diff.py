@@ -12,12 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from elude_runtime.cli.progress import console as errors
-from elude_runtime.cli.progress import stages
+from elude_runtime.cli.progress import printer, stages
 
 if TYPE_CHECKING:
     from elude_runtime.offline.correspondence import Correspondence, Diff, Regrouping
-
-_WIDTH = 10_000  # tables are as wide as what they hold: in a narrow terminal a long label wraps, and no figure is cut
 _MARKS = {
     "matched": "",
     "weak": "[yellow]weak[/]",
@@ -82,7 +80,7 @@ def diff(
 
 
 def _print(result: Diff, top: int | None) -> None:
-    screen = Console(highlight=False, soft_wrap=True, width=_WIDTH)
+    screen = printer()
     for side in ("old", "new"):
         facts = getattr(result, side)
         method = ", ".join(

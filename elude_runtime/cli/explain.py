@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from elude_runtime.cli import one_image as one
+from elude_runtime.cli.progress import printer
 from elude_runtime.errors import EludeError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def explain(
     if as_json:
         print(text)
         return
-    out = one.console()
+    out = printer()
     one.print_head(out, image, reply)
     for explanation in reply.explanations or []:
         _print_explanation(out, explanation, "")

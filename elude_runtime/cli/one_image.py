@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -162,16 +163,12 @@ def _sentence(problem: Any) -> str:
 
     assert isinstance(problem, ProblemDocument)
     near = [name for error in problem.errors or [] for name in error.suggestions or []][:3]
-    if not near or any(name in problem.detail for name in near):
+    if not near or any(re.search(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", problem.detail) for name in near):
         return problem.detail
     return f"{problem.detail} Did you mean {' or '.join(near)}?"
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
-
-
-def console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
 
 
 def print_head(out: Console, file: Path, reply: Reply) -> None:

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from elude_runtime.cli.edit_text import EDIT_HELP, VECTOR_HELP, parse_edit, parse_vector
 from elude_runtime.cli.progress import console as errors
+from elude_runtime.cli.progress import printer
 
 policy = typer.Typer(
     help="Stored policies: named edits that a request or the server's configuration puts in force.",
     no_args_is_help=True,
 )
 _DEPTH = 32  # nesting of a document in a file
-_WIDTH = 10_000  # the table is as wide as what it holds: in a narrow terminal no name is cut
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT")]
 Name = Annotated[str, typer.Argument(metavar="NAME")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -36,7 +35,7 @@ def list_policies(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
+    console = printer()
     if not found:
         console.print("No policy is stored; `elude policy set` makes one.")
         return

@@ -9,6 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 console = Console(stderr=True)
+_WIDTH = 10_000
+
+
+def printer() -> Console:
+    """Standard output for tables that are as wide as what they hold: in a narrow terminal no name and no figure is
+    cut."""
+    return Console(highlight=False, soft_wrap=True, width=_WIDTH)
 
 
 class Stages:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from elude_runtime.cli import model_options as options
 from elude_runtime.cli.progress import console, stages
@@ -90,7 +91,7 @@ def rewrite(
         print(json.dumps({**facts, "layers": [e.model_dump() for e in manifest.layers]}, indent=2))
         return
     for file, reason in result.skipped[:5]:
-        console.print(f"[yellow]skipped[/] {file}: {reason}", highlight=False)
+        console.print(f"[yellow]skipped[/] {escape(f'{file}: {reason}')}", highlight=False)
     if len(result.skipped) > 5:
         console.print(f"[yellow]skipped[/] {len(result.skipped)} images in all; --json names every one.")
     print(f"{out}: {manifest.calibration.images} images, checkpoint {manifest.checkpoint_sha256[:12]}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from elude_runtime.cli import one_image as one
+from elude_runtime.cli.progress import printer
 from elude_runtime.errors import EludeError
 
 
@@ -35,7 +36,7 @@ def steer(
     if as_json:
         print(text)
         return
-    out = one.console()
+    out = printer()
     one.print_head(out, image, reply)
     one.print_steered(out, reply)
     if png is not None:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from elude_runtime.cli import model_options as options
-from elude_runtime.cli.progress import Stages, stages
+from elude_runtime.cli.progress import Stages, printer, stages
 from elude_runtime.cli.progress import console as errors
 
 if TYPE_CHECKING:
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 
     from elude_runtime.analysis.contrast import Contrast
     from elude_runtime.offline.images import ImageSource
-
-
-_WIDTH = 10_000  # the table is as wide as what it holds: in a narrow terminal no name or figure is cut
 
 
 def vector(
@@ -116,7 +112,7 @@ def _document(result: Contrast, path: Path | None) -> dict[str, Any]:
 
 
 def _print(result: Contrast, top: int, name: str | None, path: Path | None) -> None:
-    console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
+    console = printer()
     auc = "too few images to hold some out" if result.auc is None else f"AUC {result.auc:.3f} on images held out"
     console.print(f"[bold]{result.layer}[/]  {result.positive} positive, {result.negative} negative images; {auc}")
     shifts = {e.feature: e.value for e in result.edits}

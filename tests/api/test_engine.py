@@ -204,6 +204,10 @@ def test_closest_names_are_suggested(engine: Engine) -> None:
     assert any(s.startswith(f"{SECOND}/P") for s in found["errors"][0]["suggestions"])
     found = problem(answer(engine, document({"explain": {"targets": ["top1", {"label": "bea"}]}})))
     assert found["errors"][0]["loc"] == ["explain", "targets", 1] and found["errors"][0]["suggestions"] == ["bee"]
+    # a union's branches are called like the keys by which they are told apart
+    for vector in ({"name": "stripes", "strength": "1"}, {"layer": SECOND, "vector": [0.0], "strength": "1"}):
+        found = problem(answer(engine, document({"steer": {"vectors": [vector]}})))
+        assert found["errors"][0]["loc"] == ["steer", "vectors", 0, "strength"]
     found = problem(answer(engine, document({"explain": {"layers": ["blocks.1.mlp.fc1"]}})))
     assert found["errors"][0]["suggestions"][0] == SECOND
 

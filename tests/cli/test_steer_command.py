@@ -200,3 +200,8 @@ def test_the_document() -> None:
 )
 def test_bad_options(run: Run, vit: Rewritten, image: Path, options: list[str], said: str) -> None:
     refused(run("steer", image, "--ckpt", vit.path, *options), said)
+
+
+def test_a_name_within_the_wrong_one_is_still_suggested(run: Run, image: Path, stored: Path) -> None:
+    """`stripes` stands in `stripes2`, and is not what was said."""
+    refused(run("steer", image, "--ckpt", stored, "--vector", "stripes2"), "stripes2", "Did you mean stripes?")
