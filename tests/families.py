@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from family_list import FAMILIES, Family, build
 from support import forward_with, random_partition
@@ -259,18 +260,22 @@ def table(rows: list[Row]) -> str:
         "| family (model) | offered | default | tails | additivity | explicit | refused most often: followed by … |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        cells = [
-            f"{row.family.name} (`{row.family.model}`)",
-            f"{row.offered} / {row.layers}",
-            f"`{row.default}`" if row.default != "none" else "none",
-            row.tails,
-            f"{row.additivity:.0e}",
-            f"{row.explicit:.0e}",
-            ", ".join(f"{short(reason)} {count}" for reason, count in row.refusals) or "none",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [line(row) for row in rows]
     return "\n".join(lines)
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    cells = [
+        f"{row.family.name} (`{row.family.model}`)",
+        f"{row.offered} / {row.layers}",
+        f"`{row.default}`" if row.default != "none" else "none",
+        row.tails,
+        f"{row.additivity:.0e}",
+        f"{row.explicit:.0e}",
+        ", ".join(f"{short(reason)} {count}" for reason, count in row.refusals) or "none",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def short(reason: str) -> str:
@@ -287,6 +292,23 @@ def listed(text: str) -> list[str]:
     return rows[2:]
 
 
+def figures(text: str, timm_version: str) -> dict[str, list[str]] | None:
+    """By family the cells of a README's table that are the same on every machine: all but the rounding errors. None
+    where the table is of another timm, which may well build other networks."""
+    body = text[text.index(BEGIN) : text.index(END)]
+    if f"timm {timm_version}." not in body:
+        return None
+    return {
+        name: stable(row) for name, row in zip(listed(text), body[body.index("|---") :].splitlines()[1:], strict=False)
+    }
+
+
+def stable(row: str) -> list[str]:
+    """The cells of a row without the two rounding errors."""
+    cells = [cell.strip() for cell in row.strip().strip("|").split("|")]
+    return [*cells[:4], *cells[6:]]
+
+
 def main() -> None:
     wanted = [name for name in sys.argv[1:] if name != "--write"]
     torch.set_num_threads(1)
@@ -300,7 +322,8 @@ def main() -> None:
     if "--write" in sys.argv:
         whole = README.read_text(encoding="utf-8")
         start, stop = whole.index(BEGIN) + len(BEGIN), whole.index(END)
-        README.write_text(f"{whole[:start]}\n{text}\n{whole[stop:]}", encoding="utf-8")
+        made = f"\nMade with timm {timm.__version__}.\n\n{text}\n"
+        README.write_text(whole[:start] + made + whole[stop:], encoding="utf-8")
     else:
         print(text)
     if any(row.problems for row in rows):

@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from families import README, check, listed, some_of_every_kind
+from families import README, check, figures, line, listed, some_of_every_kind, stable
 from family_list import CLASSES, FAMILIES, Family, build
 from support import forward_with
 
@@ -31,6 +32,9 @@ def test_a_family(name: str) -> None:
     found = check(family)
     assert not found.problems, found.problems
     assert 0 < found.offered <= found.layers and (found.refusals or found.offered == found.layers)
+    published = figures(README.read_text(encoding="utf-8"), timm.__version__)
+    if published is not None:
+        assert published[f"{family.name} ({family.model})"] == stable(line(found)), "python tests/families.py --write"
 
 
 def test_there_are_enough_families() -> None:
