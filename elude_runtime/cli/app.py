@@ -12,6 +12,7 @@ from elude_runtime.cli.archive import archive
 from elude_runtime.cli.bench import bench
 from elude_runtime.cli.demo import demo
 from elude_runtime.cli.diff import diff
+from elude_runtime.cli.evaluate import evaluate
 from elude_runtime.cli.explain import explain
 from elude_runtime.cli.health import health
 from elude_runtime.cli.inspect import inspect
@@ -31,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, layers, rewrite, verify, inspect, explain, steer, vector, activations, diff, archive, serve, health,
+    demo, layers, rewrite, verify, inspect, explain, steer, vector, activations, diff, evaluate, archive,
+    serve, health,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(command.__name__)(command)

@@ -1,0 +1,165 @@
+"""The checkpoint's own features as feature sets, and the controls that are partitions too: random, another neuron's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elude_runtime.analysis.split_state import SplitState
+from elude_runtime.offline.evaluation.feature_set import FeatureSet
+from elude_runtime.offline.feature_matching import shuffle_concepts, shuffle_edges
+from elude_runtime.partition import Partition
+from elude_runtime.partition.sums import concept_readout, full_width, neuron_groups, subunit_weight, wide_weight
+
+CONCEPTS, SUBUNITS = "concepts", "sub-units"
+RANDOM_CONCEPTS, RANDOM_SUBUNITS = "random concepts", "random sub-units"
+OTHER_NEURON = "another neuron's sub-units"
+OWN = (CONCEPTS, SUBUNITS)
+NEURON_OF = "neuron_of_feature"
+"""In a set's facts: the neuron of every feature, where features of one neuron are siblings."""
+_SAMPLE = 4000  # tokens that statistics of a random partition and shares are taken from
+_CHUNK_FLOATS = 16_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One token type of a layer as matrices. weight [d, n, q]; partition: of this type alone; share [d, M + 1]: part of
+    the output's variance in every sub-unit, on the calibration tokens."""
+
+    weight: Tensor
+    groups: int
+    partition: Partition
+    share: Tensor
+
+    @property
+    def rest_share(self) -> float:
+        """Part of the output's variance that no numbered concept carries."""
+        concepts = self.partition.concepts(0)
+        return float(self.share[self.partition.concept_slots(0) == concepts].sum())
+
+    @property
+    def rest_edges_share(self) -> float:
+        """The same of sub-units: in edges that belong to no numbered sub-unit."""
+        return float(self.share[:, -1].sum())
+
+
+def own_split(state: SplitState, token_type: int, inputs: Tensor) -> Split:
+    """The checkpoint's partition; inputs [S, G n q] of calibration tokens."""
+    whole, t = state.partition, slice(token_type, token_type + 1)
+    own = Partition(*(x[t].cpu() for x in (whole.edges, whole.counts, whole.mean, whole.std, whole.concept)))
+    weight = state.linear.weight().cpu()
+    *_, share = _statistics(weight, state.linear.groups, own, inputs)
+    return Split(weight, state.linear.groups, own, share)
+
+
+def random_split(split: Split, inputs: Tensor, seed: int) -> Split:
+    """Edges dealt anew among each neuron's sub-units, and sub-units among concepts; sizes, signs and `rest` kept.
+
+    The sign of an edge says a good deal about its sub-unit, so a control without it would be too easy to beat.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    slots = shuffle_edges(split.partition.slots(0), split.weight.sum(-1).sign(), generator)
+    concept = shuffle_concepts(split.partition.concept[0], generator)
+    return _with(split, slots, split.partition.counts[0], concept, inputs)
+
+
+def other_neurons_split(split: Split, inputs: Tensor, seed: int) -> Split:
+    """Every neuron with the partition of another one: what is left is what all neurons have in common."""
+    order = torch.randperm(len(split.weight), generator=torch.Generator().manual_seed(seed))
+    other = torch.empty_like(order)
+    other[order] = order.roll(1)  # one cycle: nobody keeps its own
+    own = split.partition
+    return _with(split, own.slots(0)[other], own.counts[0][other], own.concept[0][other], inputs)
+
+
+def _with(split: Split, slots: Tensor, counts: Tensor, concept: Tensor, inputs: Tensor) -> Split:
+    edges = torch.where(slots == split.partition.subunits, 255, slots).to(torch.uint8)
+    made = replace(split.partition, edges=edges[None], counts=counts[None], concept=concept[None])
+    mean, std, share = _statistics(split.weight, split.groups, made, inputs)
+    return replace(split, partition=replace(made, mean=mean[None], std=std[None]), share=share)
+
+
+def _statistics(weight: Tensor, groups: int, partition: Partition, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, std, share) [d, M + 1] of every sub-unit on calibration tokens, some neurons at a time."""
+    neurons, width = weight.shape[0], partition.subunits + 1
+    step = max(1, len(inputs) // _SAMPLE)
+    mean_input, sample = inputs.mean(0), inputs[::step]
+    sample = sample - sample.mean(0)
+    own = neuron_groups(neurons, groups)
+    found = [torch.zeros(neurons, width) for _ in range(3)]
+    variance = 0.0
+    for chosen in torch.arange(neurons).split(max(1, _CHUNK_FLOATS // (width * max(len(sample), inputs.shape[1])))):
+        rows = wide_weight(weight[chosen], partition.slots(0, chosen), width).flatten(0, 1)  # [c (M + 1), n, q]
+        rows = full_width(rows, own[chosen].repeat_interleave(width), groups).flatten(1)
+        t = (sample @ rows.T).unflatten(1, (-1, width))  # [S, c, M + 1]
+        y = t.sum(2, keepdim=True)
+        found[0][chosen] = (rows @ mean_input).unflatten(0, (-1, width))
+        found[1][chosen] = t.square().mean(0).sqrt()
+        found[2][chosen] = (t * y).mean(0)
+        variance += float(y.square().mean(0).sum())
+    # what only rounding moves counts as still
+    found[1][found[1] <= 1e-6 * found[1].max()] = 0
+    return found[0], found[1], found[2] / variance if variance else found[2]
+
+
+def concept_set(split: Split, name: str, **facts: Any) -> FeatureSet:
+    """All numbered concepts. A concept has no constant write: its part of y is a linear map of the input."""
+    partition = split.partition
+    readout, offset = concept_readout(split.weight, partition, 0, split.groups)
+    rows, shift = readout[:-1].flatten(1), offset[:-1]
+    number = len(rows)
+    slots, edges = partition.concept_slots(0), partition.edge_concepts(0)
+    groups = neuron_groups(len(split.weight), split.groups)
+
+    def ablation(inputs: Tensor, features: Tensor) -> Tensor:
+        mean = (partition.mean[0] * torch.isin(slots, features)).sum(1)
+        masked = split.weight * torch.isin(edges, features)[..., None].to(split.weight.dtype)
+        return inputs @ full_width(masked, groups, split.groups).flatten(1).T - mean
+
+    share = torch.zeros(number + 1).index_add_(0, slots.flatten(), split.share.flatten())[:-1]
+    sizes = torch.bincount(slots.flatten(), minlength=number + 1)[:-1]
+    facts = {"rest_share": split.rest_share, "members_median": float(sizes.float().median()), **facts}
+    return FeatureSet(name, lambda x: x @ rows.T + shift, share, True, None, ablation, facts)
+
+
+def subunit_set(split: Split, name: str, neurons: Tensor, **facts: Any) -> FeatureSet:
+    """The numbered sub-units of some neurons; activations in standard deviations."""
+    partition = split.partition
+    numbered = torch.arange(partition.subunits) < partition.counts[0].long()[neurons, None]
+    row, slot = (numbered & (partition.std[0, neurons, :-1] > 0)).nonzero().T
+    own = neurons[row]
+    rows = subunit_weight(split.weight, partition, 0, own, slot, split.groups).flatten(1)
+    mean, std = partition.mean[0, own, slot], partition.std[0, own, slot]
+    write = torch.zeros(len(own), len(split.weight))
+    write[torch.arange(len(own)), own] = std
+
+    def activations(inputs: Tensor) -> Tensor:
+        return (inputs @ rows.T - mean) / std
+
+    def ablation(inputs: Tensor, features: Tensor) -> Tensor:
+        return activations(inputs)[:, features] @ write[features]
+
+    facts = {"rest_share": split.rest_edges_share, "neurons": len(neurons), NEURON_OF: own.tolist(), **facts}
+    return FeatureSet(name, activations, split.share[own, slot], True, write, ablation, facts)
+
+
+def siblings(one: FeatureSet) -> Tensor | None:
+    """int64 [F]: the neuron of every feature, of a set that some neurons were divided for; None for any other. Facts
+    say it feature by feature, or name the `neurons`, to each of which equally many features belong, in turn."""
+    features, listed = len(one.share), one.facts.get(NEURON_OF, one.facts.get("neurons"))
+    if not isinstance(listed, list) or not listed or features % len(listed):
+        return None
+    return torch.tensor(listed).repeat_interleave(features // len(listed))
+
+
+def own_sets(split: Split, neurons: Tensor, inputs: Tensor, seed: int) -> list[FeatureSet]:
+    """The checkpoint's concepts and sub-units, and the partitions to compare them with."""
+    random, other = random_split(split, inputs, seed), other_neurons_split(split, inputs, seed)
+    sets = [subunit_set(split, SUBUNITS, neurons), subunit_set(random, RANDOM_SUBUNITS, neurons)]
+    sets.append(subunit_set(other, OTHER_NEURON, neurons))
+    if split.partition.concepts(0):
+        sets = [concept_set(split, CONCEPTS), concept_set(random, RANDOM_CONCEPTS), *sets]
+    return sets

@@ -1,0 +1,224 @@
+"""The result of an evaluation: figures with intervals, comparisons, the sentence that sums them up, the files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elude_runtime.checkpoint.storage import storage_error, write_json
+from elude_runtime.network.tokens import TYPE_NAMES
+from elude_runtime.offline.evaluation.encoders import PIXELS
+from elude_runtime.offline.evaluation.estimates import Estimate, number
+from elude_runtime.offline.evaluation.interventions import Effects
+from elude_runtime.offline.evaluation.own_sets import CONCEPTS, OWN, RANDOM_CONCEPTS
+from elude_runtime.offline.evaluation.scores import IMG, TOK, Judge, SetScores
+
+FILE, FOLDER = "evaluation.json", "evaluation"
+_CONTROLS = ("random sub-units", "another neuron's sub-units", "hidden units", "k-means directions of x")
+CLEARER, LESS, EVEN = "clearer", "less clear", "not told apart"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The paired difference of one of the checkpoint's sets and another set, in one encoder's eyes; weighted over both
+    ends. Clearer or less clear where its 95 % interval excludes zero."""
+
+    own: str
+    other: str
+    encoder: str
+    metric: str
+    difference: Estimate
+    ratio: float
+
+    @property
+    def verdict(self) -> str:
+        low, high = self.difference.interval
+        return CLEARER if low > 0 else LESS if high < 0 else EVEN
+
+    def document(self) -> dict[str, object]:
+        return {
+            "set": self.own,
+            "against": self.other,
+            "encoder": self.encoder,
+            "metric": self.metric,
+            "difference": self.difference.document(),
+            "ratio": number(self.ratio, 3),
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(eq=False)
+class LayerResult:
+    """One layer and token type. rest: part of the output's variance that no numbered concept, and that no numbered
+    sub-unit carries; stability: beside another rewrite, where there is one."""
+
+    layer: str
+    token_type: int
+    calibration_tokens: int
+    rest: dict[str, float]
+    judges: list[Judge]
+    sets: list[SetScores]
+    effects: list[Effects] = field(default_factory=list)
+    stability: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> str:
+        return TYPE_NAMES[self.token_type]
+
+    def named(self, name: str) -> SetScores | None:
+        return next((s for s in self.sets if s.name == name), None)
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """Each of the checkpoint's own sets against all others."""
+        for own in filter(None, map(self.named, OWN)):
+            for other in (s for s in self.sets if s is not own):
+                for judge in self.judges:
+                    ours, theirs = own.clarity[judge.name].averages, other.clarity[judge.name].averages
+                    for metric in (m for m in (IMG, TOK) if m in ours):
+                        a, b = ours[metric]["weighted"], theirs[metric]["weighted"]
+                        ratio = a.value / b.value if b.value > 0 else float("nan")
+                        yield Comparison(own.name, other.name, judge.name, metric, a - b, ratio)
+
+    def verdicts(self, own: str) -> dict[str, list[str]]:
+        """{verdict: other sets}: by all metrics of all encoders but the pixels, where they agree; else not told
+        apart."""
+        found: dict[str, list[str]] = {CLEARER: [], EVEN: [], LESS: []}
+        said: dict[str, set[str]] = {}
+        trained = [j.name for j in self.judges if j.name != PIXELS] or [PIXELS]
+        for one in self.comparisons():
+            if one.own == own and one.encoder in trained:
+                said.setdefault(one.other, set()).add(one.verdict)
+        for other, verdicts in said.items():
+            found[verdicts.pop() if len(verdicts) == 1 else EVEN].append(other)
+        return found
+
+    def by_attribution(self, effects: Effects) -> dict[str, dict[str, dict[str, float | None]]]:
+        """{encoder: {metric: ...}} of a set that was taken out: its clarity weighted by share of |attribution|, and the
+        share of |attribution| in features clearer (at their clearer end) than 95 % of the random concepts."""
+        one, random = self.named(effects.name), self.named(RANDOM_CONCEPTS)
+        if one is None or not effects.side:
+            return {}
+        share = effects.attribution / effects.attribution.sum()
+        found: dict[str, dict[str, dict[str, float | None]]] = {}
+        for judge, clarity in one.clarity.items():
+            found[judge] = {}
+            for metric, scores in clarity.features.items():
+                mean, best = scores.nanmean(1), scores.nan_to_num(-1).amax(1)
+                there = torch.isfinite(mean)
+                weighted = float((share * mean.nan_to_num(0))[there].sum() / share[there].sum())
+                entry = {"weighted_by_attribution": number(weighted)}
+                if random is not None:
+                    level = random.clarity[judge].features[metric].nan_to_num(-1).amax(1).quantile(0.95)
+                    entry["attribution_above_random"] = number(float(share[best > level].sum()))
+                found[judge][metric] = entry
+        return found
+
+    def document(self, draws: int, seed: int) -> dict[str, object]:
+        return {
+            "layer": self.layer,
+            "tokens": self.tokens,
+            "calibration_tokens": self.calibration_tokens,
+            "rest_share": {k: number(v) for k, v in self.rest.items()},
+            "encoders": {
+                j.name: {m: {"chance": number(j.chance.get(m)), "ceiling": number(v)} for m, v in j.ceiling.items()}
+                for j in self.judges
+            },
+            "sets": [s.document() for s in self.sets],
+            "comparisons": [c.document() for c in self.comparisons()],
+            "effects": {e.name: e.document(draws, seed) | {"clarity": self.by_attribution(e)} for e in self.effects},
+            "stability": self.stability,
+        }
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """What `evaluate` found. facts: environment, settings, images, encoders, checkpoint; warnings: a sentence each."""
+
+    facts: dict[str, Any]
+    layers: list[LayerResult]
+    draws: int
+    seed: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def statement(self) -> str:
+        """What the run shows and what it does not, from its intervals."""
+        images, encoders = self.facts["images"], [e["name"] for e in self.facts["encoders"] if e["name"] != PIXELS]
+        seen = f"to {' and '.join(encoders)}" if encoders else "to colours and edges alone"
+        parts = [_layer_statement(layer) for layer in self.layers]
+        return (
+            f"On {images['scored']} images that calibrated nothing, {seen} (95 % intervals of paired differences, "
+            f"weighted by share of variance over both ends): {'; '.join(parts)}. This says nothing about other images, "
+            "layers or encoders, and clear to an encoder is not yet meaningful to people."
+        )
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "format_version": 1,
+            "statement": self.statement,
+            **self.facts,
+            "warnings": self.warnings,
+            "layers": [layer.document(self.draws, self.seed) for layer in self.layers],
+        }
+
+    def write(self, checkpoint: Path) -> list[Path]:
+        """`evaluation.json` and the plots in `evaluation/`, each whole or not at all; the files written. StorageError
+        where the disk refuses."""
+        from elude_runtime.offline.evaluation.plots import draw
+
+        folder = checkpoint / FOLDER
+        try:
+            work = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", suffix=".part", dir=checkpoint))
+        except OSError as error:
+            raise storage_error(error, folder) from error
+        try:
+            names = [path.name for path in draw(self, work)]
+            work.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(work, folder)
+        except OSError as error:
+            raise storage_error(error, folder) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        write_json(checkpoint / FILE, self.document())
+        return [checkpoint / FILE, *(folder / name for name in names)]
+
+
+def _layer_statement(result: LayerResult) -> str:
+    said = []
+    for own in (o for o in OWN if result.named(o)):
+        groups = result.verdicts(own)
+        if own != CONCEPTS and CONCEPTS in {s.name for s in result.sets}:
+            known = {name: verdict for verdict, names in groups.items() for name in names}
+            main = [f"{known[n]} than {n}" if known[n] != EVEN else f"{EVEN} from {n}" for n in _CONTROLS if n in known]
+            said.append(f"{own} are {', '.join(main)}" if main else f"{own} have no control")
+            continue
+        clauses = [f"{verdict} than {_listed(groups[verdict])}" for verdict in (CLEARER, LESS) if groups[verdict]]
+        if groups[EVEN]:
+            clauses.append(f"{EVEN} from {_listed(groups[EVEN])}")
+        if clauses:
+            said.append(f"{own} are {', '.join(clauses)}")
+        pixel = [c for c in result.comparisons() if (c.own, c.encoder) == (own, PIXELS)]
+        if own == CONCEPTS and pixel:
+            clearer = sum(c.verdict == CLEARER for c in pixel)
+            said[-1] += f" (to colours and edges alone clearer in {clearer} of {len(pixel)} comparisons)"
+    rest = result.rest.get(CONCEPTS)
+    left = "" if rest is None else f", with {rest:.0%} of the layer's variance outside all concepts"
+    return f"in {result.layer} ({result.tokens}) {', and '.join(said) or 'there is nothing to compare'}{left}"
+
+
+def _listed(names: list[str]) -> str:
+    """Sparse autoencoders and transcoders, of which there are many, by their number."""
+    coders = [n for n in names if " SAE " in n or " transcoder" in n]
+    few = [n for n in names if n not in coders] if len(coders) > 1 else list(names)
+    if len(coders) > 1:
+        few.append(f"{len(coders)} of the sparse coders")
+    return few[0] if len(few) == 1 else f"{', '.join(few[:-1])} and {few[-1]}"

@@ -1,0 +1,113 @@
+"""`elude evaluate`: the table, JSON, the files, and one sentence for what a user can put right."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Rewritten
+from safetensors.torch import save_file
+from support import SECOND, Run, refused, tiny_mobilenet, write_pictures
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """54 pictures that no checkpoint saw."""
+    return write_pictures(tmp_path_factory.mktemp("scored") / "set", 54, 2000)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "conv.safetensors"
+    save_file(tiny_mobilenet().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(vit: Rewritten, tmp_path: Path) -> Path:
+    out = tmp_path / "ckpt"
+    shutil.copytree(vit.path, out)
+    return out
+
+
+@pytest.fixture
+def run(run: Run, scored: Path, pictures: Path) -> Run:
+    """`elude evaluate CKPT ...` with few of everything, in this process."""
+    return lambda checkpoint, *arguments: run(
+        "evaluate", checkpoint, "--images", scored, "--calibration", pictures, "--layers", SECOND, "--neurons", 4,
+        "--draws", 20, "--effect-images", 2, *arguments,
+    )  # fmt: skip
+
+
+def test_the_screen_and_the_files(run: Run, checkpoint: Path, weights: Path) -> None:
+    ran = run(
+        checkpoint, "--encoder", "mobilenetv2_035", "--encoder-weights", weights, "--baselines", "hidden,kmeans",
+    )  # fmt: skip
+    assert ran.code == 0, ran
+    assert "54 images scored, 24 for the baselines" in ran.out
+    for part in (
+        f"{SECOND}, patches",
+        f"{SECOND}, cls",
+        "mobilenetv2_035",
+        "pixels",
+        "img9",
+        "tok9",
+        "stability of concepts",
+    ):
+        assert part in ran.out, part
+    for name in ("concepts", "sub-units", "random concepts", "hidden units", "k-means directions of x"):
+        assert any(line.startswith(name) for line in ran.out.splitlines()), name
+    assert ran.out.rstrip().endswith("not yet meaningful to people.")
+    assert "note:" in ran.err and "evaluation.json" in ran.err
+    document = json.loads((checkpoint / "evaluation.json").read_text())
+    assert document["settings"]["baselines"]["baselines"] == ["hidden", "kmeans"]
+    assert (checkpoint / "evaluation" / f"{SECOND}.patches.clarity.png").is_file()
+
+
+def test_json(run: Run, checkpoint: Path) -> None:
+    ran = run(checkpoint, "--encoder", "pixels", "--baselines", "none", "--no-stability", "--json")
+    assert ran.code == 0 and ran.document == json.loads((checkpoint / "evaluation.json").read_text())
+    assert [e["name"] for e in ran.document["encoders"]] == ["pixels"]
+
+
+def test_a_factory_as_encoder(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "judge.py"
+    file.write_text("import timm\n\ndef judge():\n    return timm.create_model('mobilenetv2_035', num_classes=3)\n")
+    ran = run(checkpoint, "--encoder-factory", f"{file}:judge", "--baselines", "none", "--no-stability", "--json")
+    assert ran.code == 0 and [e["name"] for e in ran.document["encoders"]] == ["judge", "pixels"]
+
+
+def test_what_a_user_can_put_right(run: Run, checkpoint: Path, weights: Path, vit: Rewritten, tmp_path: Path) -> None:
+    refused(run(tmp_path / "none"), "not a directory")
+    refused(run(checkpoint, "--images", vit.folder), "calibrated on", "50")
+    refused(run(checkpoint, "--baselines", "hidde"), "Did you mean hidden")
+    refused(run(checkpoint, "--encoder", "pixels", "--encoder-weights", weights), "--encoder-weights")
+    refused(run(checkpoint, "--encoder", "no_such_model", "--encoder-weights", weights), "no_such_model")
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import timm\nfrom support import tiny_vit\n\ndef renamed():\n    return tiny_vit()\n", encoding="utf-8"
+    )
+    refused(run(checkpoint, "--encoder-factory", f"{own}:renamed"), "the evaluated model itself")
+    assert not (checkpoint / "evaluation.json").exists()
+
+
+def test_known_properties(run: Run, checkpoint: Path, scored: Path, tmp_path: Path) -> None:
+    file = tmp_path / "truth.json"
+    file.write_text(json.dumps({"early": [p.name for p in sorted(scored.iterdir())[:30]]}))
+    few = ("--baselines", "none", "--no-stability", "--effect-images", 0)
+    ran = run(checkpoint, *few, "--truth", file)
+    assert ran.code == 0 and "AUC of early, chosen on half of the images and reported on the others: " in ran.out
+    refused(run(checkpoint, *few, "--truth", tmp_path / "none.json"), "none.json")
+    file.write_text('["a.png"]')
+    refused(run(checkpoint, *few, "--truth", file), "does not name files by property")
+
+
+def test_without_matplotlib_it_says_so_before_the_work(
+    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else found(name, *a))
+    refused(run(checkpoint), "elude-serving[evaluate]")
