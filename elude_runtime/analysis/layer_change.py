@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 from dataclasses import dataclass
 
@@ -49,12 +50,17 @@ def layer_change(state: SplitState, x: Tensor, y: Tensor, plan: SteeringPlan, wa
             tokens |= vector.tokens
             acted.append(vector.number)
     output = state.changed(y, change[None])
-    realised = output.float() - y.float() if acted else torch.zeros(())
-    norm = float(realised.double().norm())  # squares of large numbers leave float32
+    norm = _norm(output.float() - y.float()) if acted else 0.0
     if norm != 0:
-        before = state.linear.tokens(y)[0].double().norm(dim=1)[tokens].norm()
-        norm /= max(float(before), torch.finfo(torch.float32).tiny)
+        before = _norm(state.linear.tokens(y)[0].float()[tokens])
+        norm /= max(before, torch.finfo(torch.float32).tiny)
     return LayerChange(change, tokens, frozenset(acted), norm, output)
+
+
+def _norm(values: Tensor) -> float:
+    """The 2-norm; in float64 where squares of large numbers leave float32."""
+    found = float(values.norm())
+    return found if math.isfinite(found) else float(values.double().norm())
 
 
 class _Acting:

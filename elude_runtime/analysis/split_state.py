@@ -68,6 +68,7 @@ class SplitState(nn.Module):
         self._indices: dict[int, TypeIndices] = {}
         self._readouts: dict[int, tuple[Tensor, Tensor]] = {}
         self._writes: dict[Feature, FeatureWrite] = {}
+        self._baseline: Tensor | None = None
 
     @property
     def partition(self) -> Partition:
@@ -75,6 +76,7 @@ class SplitState(nn.Module):
         if self._partition is None or self._partition.mean is not self._buffers["mean"]:
             self._partition = Partition(*(self.get_buffer(p) for p in _PARTS))
             self._indices, self._readouts, self._writes = {}, {}, {}
+            self._baseline = None
         return self._partition
 
     def indices(self, token_type: int) -> TypeIndices:
@@ -86,11 +88,14 @@ class SplitState(nn.Module):
 
     def baseline(self) -> Tensor:
         """c [T, d]: the output with every sub-unit at its calibration mean."""
-        c = self.linear.bias() + self.partition.mean.sum(-1)  # [P, d]
-        out = c.new_empty(self.layout.total, c.shape[-1])
-        for token_type, tokens in enumerate(self.layout.slices):
-            out[tokens] = c[token_type]
-        return out
+        partition = self.partition  # forgets the one that was kept when it was replaced
+        if self._baseline is None:
+            with torch.inference_mode(False), torch.no_grad():
+                c = self.linear.bias() + partition.mean.sum(-1)  # [P, d]
+                self._baseline = c.new_empty(self.layout.total, c.shape[-1])
+                for token_type, tokens in enumerate(self.layout.slices):
+                    self._baseline[tokens] = c[token_type]
+        return self._baseline
 
     def concept_names(self) -> list[str]:
         """Names of all concepts of the live token types, each type's `rest` after its numbered ones."""

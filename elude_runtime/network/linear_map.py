@@ -134,7 +134,10 @@ class LinearMap:
         """
         reads = self.patches(x)[0].to(gradient.dtype)  # [T, G, n, q]
         per_group = gradient[0].unflatten(-1, (self.groups, -1))  # [T, G, d/G]
-        return [torch.einsum("tgd,tgnq->gdnq", per_group[s], reads[s]).flatten(0, 1) for s in token_slices]
+        left, right = per_group.permute(1, 2, 0), reads.flatten(2).transpose(0, 1)  # [G, d/G, T], [G, T, n q]
+        if self.groups == 1:  # a product of two matrices takes half the time of a batch of one
+            left, right = left[0], right[0]
+        return [(left[..., s] @ right[..., s, :]).reshape(-1, *reads.shape[2:]) for s in token_slices]
 
     def _handed_on(self, x: Tensor) -> Tensor:
         """What the module's forward makes of its input before the linear operation: itself, or a padded copy."""
