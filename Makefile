@@ -9,8 +9,9 @@ READY := .venv/.ready
 demo: setup need-java
 	@$(BIN)/elude demo
 
+# Two processes with a thread each: with more, threads of one wait for the other.
 test: setup need-java
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .
