@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from elude_runtime.api.schema.request import Policy
 from elude_runtime.errors import EludeError
@@ -21,6 +21,14 @@ class ConfigError(EludeError):
 def _listed(value: Any) -> Any:
     """An environment variable's `a, b` as a list."""
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _switched_on(value: Any) -> bool:
+    """Whether pydantic reads the value of a switch as true; what it cannot read is refused later."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
 
 
 Names = Annotated[list[str], BeforeValidator(_listed)]
@@ -77,8 +85,7 @@ class ServingConfig(BaseModel):
             text = (os.environ if environment is None else environment).get(ENVIRONMENT_PREFIX + key.upper())
             if text is not None and key != "policies":
                 values[key] = text  # pydantic reads "7" and "true" where the key is a number or a switch
-        if str(values.get("policies_off", "")).lower() in ("true", "1", "yes", "on", "t", "y"):
-            # the switch has to work just when a policy is at fault
+        if _switched_on(values.get("policies_off")):  # it has to work just when a policy is at fault
             for key in ("policies", "default_policies", "shadow_policies"):
                 values.pop(key, None)
         try:

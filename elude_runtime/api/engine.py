@@ -241,9 +241,7 @@ class Engine:
                 raise question
             return self._job(question, row.request_id, time.perf_counter())
         except Problem as problem:
-            for error in problem.errors or []:
-                error.loc[:0] = place
-            return problem
+            return problem.within(place)
 
     def _job(self, question: Question, request_id: str, started: float) -> Job:
         """A validated question, with all that it names looked up. Raises Problem."""

@@ -94,9 +94,7 @@ def _open_v2(
     try:
         request = read_request(template, explain=explain)
     except Problem as problem:
-        for found in problem.errors or []:
-            found.loc[:0] = ["parameters", "elude"]
-        raise
+        raise problem.within(["parameters", "elude"]) from None
     if request.image is not None:
         raise Problem("invalid-document", "parameters.elude: the images stand in `inputs`; leave `image` out.")
     if asked.id is not None and request.id is None:

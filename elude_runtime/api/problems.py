@@ -47,6 +47,12 @@ class Problem(Exception):
     def status(self) -> int:
         return PROBLEMS[self.kind][0]
 
+    def within(self, place: Sequence[str | int]) -> Problem:
+        """The same, its errors at their places in the document around the one that it is about."""
+        for error in self.errors or []:
+            error.loc[:0] = place
+        return self
+
     def document(self) -> ProblemDocument:
         status, title = PROBLEMS[self.kind]
         return ProblemDocument(type=self.kind, title=title, status=status, detail=self.detail, errors=self.errors)

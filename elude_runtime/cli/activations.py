@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elude_runtime.cli import model_options as options
-from elude_runtime.cli.progress import console, stages
+from elude_runtime.cli.progress import console, print_skipped, stages
 
 if TYPE_CHECKING:
     from elude_runtime.offline.activations import ActivationsFile
@@ -52,10 +52,7 @@ def activations(
     if as_json:
         print(json.dumps(_document(result), indent=2))
         return
-    for file, reason in result.skipped[:5]:
-        console.print(f"skipped {file}: {reason}", style="yellow", highlight=False, soft_wrap=True, markup=False)
-    if len(result.skipped) > 5:
-        console.print(f"[yellow]skipped[/] {len(result.skipped)} images in all; --json names every one.")
+    print_skipped(result.skipped)
     what = "on every token" if result.per_token else "peaks"
     shape = ", ".join(map(str, result.shape))
     print(f"{out}: {result.layer}, {result.level}, {what}, {size_text(result.size)}")

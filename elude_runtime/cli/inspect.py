@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from elude_runtime.cli.progress import printer
 from elude_runtime.errors import FeatureError, did_you_mean
 
 
@@ -35,7 +35,7 @@ def inspect(
         facts = {"checkpoint_sha256": manifest.checkpoint_sha256, "certificate": certificate, "features": len(rows)}
         print(json.dumps({**facts, **manifest.model_dump(mode="json"), "concepts": concepts[:top]}, indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = printer()
     console.print(f"[bold]{checkpoint}[/]  {manifest.model.name}  checkpoint {manifest.checkpoint_sha256[:12]}")
     console.print(f"  base {manifest.base_sha256[:12]}, partition {manifest.partition_sha256[:12]}; {certificate}")
     for entry in manifest.layers:
@@ -66,7 +66,7 @@ def _feature(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps({**row, "members": [r["feature"] for r in members]}, indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = printer()
     made_of = "sub-units" if row["kind"] == "concept" else "edges"
     console.print(f"[bold]{name}[/]  {row['kind']} on {row['token_type']}, {row['size']} {made_of}")
     console.print(f"  label      {row['label'] or '-'}")

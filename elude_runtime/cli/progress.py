@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 console = Console(stderr=True)
@@ -16,6 +17,14 @@ def printer() -> Console:
     """Standard output for tables that are as wide as what they hold: in a narrow terminal no name and no figure is
     cut."""
     return Console(highlight=False, soft_wrap=True, width=_WIDTH)
+
+
+def print_skipped(skipped: Sequence[tuple[str, str]]) -> None:
+    """Name the first images that could not be read, with the reasons, and count the others."""
+    for file, reason in skipped[:5]:
+        console.print(f"[yellow]skipped[/] {escape(f'{file}: {reason}')}", highlight=False, soft_wrap=True)
+    if len(skipped) > 5:
+        console.print(f"[yellow]skipped[/] {len(skipped)} images in all; --json names every one.")
 
 
 class Stages:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from elude_runtime.cli import model_options as options
-from elude_runtime.cli.progress import console, stages
+from elude_runtime.cli.progress import console, print_skipped, stages
 
 
 def rewrite(
@@ -90,10 +89,7 @@ def rewrite(
         facts = {"checkpoint": str(out), "checkpoint_sha256": manifest.checkpoint_sha256, "skipped": skipped}
         print(json.dumps({**facts, "layers": [e.model_dump() for e in manifest.layers]}, indent=2))
         return
-    for file, reason in result.skipped[:5]:
-        console.print(f"[yellow]skipped[/] {escape(f'{file}: {reason}')}", highlight=False)
-    if len(result.skipped) > 5:
-        console.print(f"[yellow]skipped[/] {len(result.skipped)} images in all; --json names every one.")
+    print_skipped(result.skipped)
     print(f"{out}: {manifest.calibration.images} images, checkpoint {manifest.checkpoint_sha256[:12]}")
     for entry in manifest.layers:
         parts = [
