@@ -187,7 +187,7 @@ def _show_api(found: dict[str, Any]) -> None:
 
 
 def _show_attribution(found: dict[str, Any]) -> None:
-    from elude_runtime.offline.bench_attribution import Summary
+    from elude_runtime.offline.evaluation.attribution_effects import Summary
 
     print(f"{found['images']} images; means over images with 95 % intervals")
     for entry in found["layers"]:

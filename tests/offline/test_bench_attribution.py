@@ -21,15 +21,14 @@ from elude_runtime.analysis.explain_batch import explain_batch
 from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.targets import Target
 from elude_runtime.errors import EludeError, LayerError
-from elude_runtime.offline.bench_attribution import (
+from elude_runtime.offline.bench_attribution import measure_attribution, pair_figures
+from elude_runtime.offline.evaluation.attribution_effects import (
     SETS,
     STEPS,
     Agreement,
     Summary,
     layer_agreements,
     layer_attributions,
-    measure_attribution,
-    pair_figures,
     true_effects,
 )
 

@@ -13,22 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elude_runtime.analysis.layer_tails import LayerTails, Question
 from elude_runtime.analysis.model import EludeModel
 from elude_runtime.analysis.targets import Target
 from elude_runtime.network.tail import Recording
 from elude_runtime.offline.evaluation.estimates import Estimate, number
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
+from elude_runtime.offline.evaluation.removal import (
+    SCALES,
+    RecordedImage,
+    at_drop,
+    attributions,
+    fewest,
+    outputs_with,
+    recorded_images,
+    removed,
+)
 from elude_runtime.offline.evaluation.tokens import TokenReader
 from elude_runtime.offline.images import ImageSource, Progress
 
 FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 """Of the features, in the order of their attributions."""
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 DROP = 0.25  # of what the layer gives the target, value - baseline
 NORM = 0.2  # of the centred output
-_STEPS = 4
-_LEAST_VALUE = 1e-3  # of the largest logit: below it the layer gives the target nothing to take
 
 
 @dataclass(eq=False)
@@ -79,20 +85,6 @@ def _median(values: np.ndarray, draws: int, seed: int) -> Estimate:
         return Estimate(float(np.median(values)), np.median(values[picked], axis=1))
 
 
-@dataclass(frozen=True, eq=False)
-class _Image:
-    """One image of a recorded pass. reads [T_p, m]; gradient [T_p, d]: of the target, averaged over the path from the
-    baseline of all tokens; value, baseline: of the target, as it is and with this type's tokens at their baseline."""
-
-    row: int
-    target: Target
-    reads: Tensor
-    gradient: Tensor
-    value: float
-    baseline: float
-    spread: float  # norm of the centred output
-
-
 def measure_effects(
     model: EludeModel, reader: TokenReader, sets: Sequence[FeatureSet], means: Sequence[Tensor], source: ImageSource,
     report: Progress,
@@ -107,38 +99,16 @@ def measure_effects(
         parameter = next(model.base.parameters())
         with torch.inference_mode(False):
             recording = model.record(batch.images.to(parameter.device, parameter.dtype), [layer])
-            for image in _images(model, reader, recording):
+            targets = [Target(int(logits.argmax())) for logits in recording.logits]
+            for image in recorded_images(model, reader, recording, targets):
                 for one, mean, effects in zip(sets, means, found, strict=True):
                     _one_image(model, reader, recording, image, one, mean, effects)
         report(f"effects: {layer}", len(batch.places), source.count)
     return found
 
 
-def _images(model: EludeModel, reader: TokenReader, recording: Recording) -> list[_Image]:
-    """The images of a pass to whose target the layer gives something."""
-    state = reader.state
-    targets = [Target(int(logits.argmax())) for logits in recording.logits]
-    questions = [Question(row, [target], _STEPS) for row, target in enumerate(targets)]
-    with model.lock:
-        tails = LayerTails(model.tails, recording, {state.name: state}, state.name, questions)
-        gradients = tails.gradients()
-    reads = torch.cat([part for _, part in reader.read(recording.x[state.name].detach())])
-    found = []
-    for row, target in enumerate(targets):
-        logits = recording.logits[row : row + 1]
-        y = state.linear.tokens(recording.y[state.name][row : row + 1].float())[0]
-        centred = (y - state.baseline())[reader.span].cpu()
-        without = target.value(_logits(model, reader, recording, row, [-centred])).tolist()
-        value = float(target.value(logits)[0])
-        baseline = value + without[1] - without[0]
-        if value - baseline > _LEAST_VALUE * float(logits.float().abs().max()):
-            gradient = gradients[row][0, reader.span].cpu()
-            found.append(_Image(row, target, reads[row], gradient, value, baseline, float(centred.norm())))
-    return found
-
-
 def _one_image(
-    model: EludeModel, reader: TokenReader, recording: Recording, image: _Image, one: FeatureSet, mean: Tensor,
+    model: EludeModel, reader: TokenReader, recording: Recording, image: RecordedImage, one: FeatureSet, mean: Tensor,
     effects: Effects,
 ) -> None:  # fmt: skip
     attribution = attributions(one, image.reads, image.gradient, mean)
@@ -157,27 +127,17 @@ def _one_image(
         effects.insertion.append(left[1::2])
     # the fewest features whose attributions come to the drop that is asked for
     wanted = DROP * whole
-    count = int((attribution[order].clamp(min=0).cumsum(0) < wanted).sum()) + 1
-    change = -removed(one, image.reads, order[:count])
+    change = -removed(one, image.reads, fewest(attribution, wanted))
     norm = float(change.norm())
     if not norm > 0:
         effects.side.append(float("inf"))
         effects.per_norm.append(0.0)
         return
     scales = [*SCALES, NORM * image.spread / norm]
-    logits = _logits(model, reader, recording, image.row, [s * change for s in scales])
+    logits = outputs_with(model, reader, recording, image.row, [s * change for s in scales])
     drop, side = _selectivity(logits, int(image.target.index or 0))
-    reached = (drop[:-1] >= wanted).nonzero()
-    effects.side.append(_at(drop[:-1], side[:-1], wanted, int(reached[0])) / wanted if len(reached) else float("inf"))
+    effects.side.append(at_drop(drop[:-1], side[:-1], wanted) / wanted)
     effects.per_norm.append(float(drop[-1] / side[-1].clamp(min=1e-12)))
-
-
-def _at(drop: Tensor, side: Tensor, wanted: float, first: int) -> float:
-    """The side effect at the wanted drop: between the last scale below it (0 has none) and the first that reaches
-    it."""
-    before = (float(drop[first - 1]), float(side[first - 1])) if first else (0.0, 0.0)
-    step = (wanted - before[0]) / max(1e-12, float(drop[first]) - before[0])
-    return before[1] + step * (float(side[first]) - before[1])
 
 
 def _selectivity(logits: Tensor, target: int) -> tuple[Tensor, Tensor]:
@@ -189,46 +149,15 @@ def _selectivity(logits: Tensor, target: int) -> tuple[Tensor, Tensor]:
     return -change[:, target], change[:, others].abs().mean(1)
 
 
-def removed(one: FeatureSet, reads: Tensor, features: Tensor) -> Tensor:
-    """[S, d]: what these features' parts of the layer's output are at tokens [S, m]; zero without features."""
-    assert one.ablation is not None
-    if not len(features):
-        return one.ablation(reads, torch.tensor([0])) * 0
-    return one.ablation(reads, features)
-
-
-def attributions(one: FeatureSet, reads: Tensor, gradient: Tensor, mean: Tensor) -> Tensor:
-    """[F]: gradient x part of the output, summed over tokens; gradient [T_p, d]. mean [F]: of the activations."""
-    if one.write is not None:
-        return ((one.activations(reads) - mean) * (gradient @ one.write.T)).sum(0)
-    features = range(len(one.share))
-    return torch.stack([(removed(one, reads, torch.tensor([f])) * gradient).sum() for f in features])
-
-
 def covers_output(one: FeatureSet) -> bool:
     """Whether the parts of this set add up to (nearly) all of the layer's output: not those of some neurons only."""
     return float(one.share.sum()) > 0.4
 
 
 def _targets(
-    model: EludeModel, reader: TokenReader, recording: Recording, image: _Image, changes: Sequence[Tensor]
+    model: EludeModel, reader: TokenReader, recording: Recording, image: RecordedImage, changes: Sequence[Tensor]
 ) -> Tensor:
     """The target [C] with each change [T_p, d] of the layer's output, on the scale of the recorded value."""
-    logits = _logits(model, reader, recording, image.row, changes)
+    logits = outputs_with(model, reader, recording, image.row, changes)
     values = image.target.value(logits).cpu()
     return values[1:] - values[0] + image.value
-
-
-def _logits(
-    model: EludeModel, reader: TokenReader, recording: Recording, row: int, changes: Sequence[Tensor]
-) -> Tensor:
-    """[C + 1, K]: the model's output with each change [T_p, d], the first with none."""
-    state = reader.state
-    y = recording.y[state.name][row : row + 1]
-    edits = torch.zeros(len(changes) + 1, state.layout.total, state.linear.neurons)
-    edits[1:, reader.span] = torch.stack(list(changes))
-    with model.lock, torch.no_grad():
-        return model.tails.run(
-            recording, state.name, state.changed(y.expand(len(edits), *y.shape[1:]), edits.to(y.device)),
-            torch.full((len(edits),), row, device=y.device),
-        )  # fmt: skip

@@ -9,7 +9,10 @@ from conftest import Rewritten
 from support import SECOND, VIT_DATA, forward_with, input_tensor
 from torch import Tensor
 
+from elude_runtime.analysis.targets import Target
+from elude_runtime.network.tail import Recording
 from elude_runtime.offline.evaluation import interventions as module
+from elude_runtime.offline.evaluation import removal
 from elude_runtime.offline.evaluation.bases import hidden_units
 from elude_runtime.offline.evaluation.calibration import CalibrationTokens
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
@@ -35,6 +38,10 @@ def made(vit: Rewritten, images: Tensor) -> tuple[TokenReader, list[FeatureSet],
     return reader, sets, [one.activations(flat).mean(0) for one in sets], reads
 
 
+def tops(recording: Recording) -> list[Target]:
+    return [Target(int(logits.argmax())) for logits in recording.logits]
+
+
 def measured(vit: Rewritten, made: tuple, images: Tensor) -> list[module.Effects]:
     reader, sets, means, _ = made
     return module.measure_effects(
@@ -46,9 +53,9 @@ def test_attributions_are_gradient_times_part(made: tuple) -> None:
     _, sets, means, reads = made
     gradient = torch.randn(reads.shape[1], 32, generator=torch.Generator().manual_seed(0))
     for one, mean in zip(sets, means, strict=True):
-        found = module.attributions(one, reads[0], gradient, mean)
+        found = removal.attributions(one, reads[0], gradient, mean)
         for f in (0, 3, len(found) - 1):
-            expected = (module.removed(one, reads[0], torch.tensor([f])) * gradient).sum()
+            expected = (removal.removed(one, reads[0], torch.tensor([f])) * gradient).sum()
             assert float(found[f]) == pytest.approx(float(expected), abs=1e-3)
 
 
@@ -58,16 +65,16 @@ def test_curves_are_those_of_full_passes(vit: Rewritten, made: tuple, images: Te
     state = vit.model.state(SECOND)
     effects = measured(vit, made, images)
     recording = vit.model.record(images, [SECOND])
-    kept = module._images(vit.model, reader, recording)
+    kept = removal.recorded_images(vit.model, reader, recording, tops(recording))
     assert 0 < len(kept) <= 8 and all(len(e.deletion) == len(kept) for e in effects)
     for number, image in enumerate(kept[:3]):
         one, mean = sets[0], means[0]
-        order = module.attributions(one, image.reads, image.gradient, mean).argsort(descending=True, stable=True)
+        order = removal.attributions(one, image.reads, image.gradient, mean).argsort(descending=True, stable=True)
         for place in (1, 6, len(module.FRACTIONS) - 1):
             count = round(module.FRACTIONS[place] * len(order))
             for curve, chosen in ((effects[0].deletion, order[:count]), (effects[0].insertion, order[count:])):
                 change = torch.zeros(1, state.layout.total, 32)
-                change[0, reader.span] = -module.removed(one, image.reads, chosen)
+                change[0, reader.span] = -removal.removed(one, image.reads, chosen)
                 row = images[image.row : image.row + 1]
                 logits = forward_with(vit.base, row, {SECOND: lambda _, y, c=change: y + c}).detach()  # type: ignore[misc]
                 value = float(image.target.value(logits)[0])
@@ -88,8 +95,8 @@ def test_a_linear_model_of_known_selectivity() -> None:
     logits = torch.tensor([[5.0, 1.0, 0.0], [3.0, 1.0, 2.0]])
     drop, side = module._selectivity(logits, 0)
     assert drop.tolist() == [2.0] and side.tolist() == [1.0]
-    assert module._at(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 8.0]), 2.0, 1) == pytest.approx(5.0)
-    assert module._at(torch.tensor([2.0]), torch.tensor([4.0]), 1.0, 0) == pytest.approx(2.0)
+    assert removal.at_drop(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 8.0]), 2.0) == pytest.approx(5.0)
+    assert removal.at_drop(torch.tensor([2.0]), torch.tensor([4.0]), 1.0) == pytest.approx(2.0)
 
 
 def test_a_drop_that_is_never_reached_is_infinitely_dear() -> None:
@@ -104,7 +111,7 @@ def test_only_the_types_own_tokens_are_changed(vit: Rewritten, made: tuple, imag
     reader, *_ = made
     recording = vit.model.record(images[:1], [SECOND])
     huge = torch.full((16, 32), 7.0)
-    logits = module._logits(vit.model, reader, recording, 0, [huge, 0 * huge])
+    logits = removal.outputs_with(vit.model, reader, recording, 0, [huge, 0 * huge])
 
     def change(_: Tensor, y: Tensor) -> Tensor:
         return torch.cat([y[:, :1], y[:, 1:] + 7.0], 1)
