@@ -169,12 +169,19 @@ def _sparse_set(task: _Task, name: str, reads: str, writes: str, config: sae.Spa
     def raw(inputs: Tensor) -> Tensor:
         return coder.encode(inputs if reads == "x" else (inputs - mean) @ weight.T)
 
+    mean_output = weight @ mean  # outputs are given to coders without it
+
+    def reconstruct(inputs: Tensor) -> Tensor:
+        decoded = coder.decode(raw(inputs))
+        return decoded + mean_output if writes == "y" else decoded @ weight.T
+
     decoded = coder.directions() if writes == "y" else coder.directions() @ weight.T
     return written_set(
         tokens,
         label,
         raw,
         decoded,
+        reconstruct=reconstruct,
         kind=config.kind,
         reads=reads,
         writes=writes,

@@ -90,4 +90,4 @@ def unit_groups(tokens: CalibrationTokens, groups: int, sample: Tensor, seed: in
 
     share = member @ hidden_units(tokens).share
     facts = {"dead": int((~activity.live).sum()), "sizes": member.sum(1).int().tolist()}
-    return FeatureSet("groups of hidden units", activations, share, True, None, ablation, facts)
+    return FeatureSet("groups of hidden units", activations, share, True, None, ablation, facts=facts)

@@ -128,6 +128,7 @@ def written_set(
     directions: Tensor,
     *,
     lossless: bool = False,
+    reconstruct: Activations | None = None,
     **facts: Any,
 ) -> FeatureSet:
     """Features with a constant write: `raw` activations [S, F], each of which adds directions [F, d] to y at 1.
@@ -147,7 +148,7 @@ def written_set(
 
     share = (activity.with_output * directions).sum(1) / (tokens.variance or 1)
     facts = {"dead": int((~activity.live).sum()), **facts}
-    return FeatureSet(name, activations, share.float(), lossless, write, ablation, facts)
+    return FeatureSet(name, activations, share.float(), lossless, write, ablation, reconstruct, facts)
 
 
 def read_set(tokens: CalibrationTokens, name: str, raw: Activations, **facts: Any) -> FeatureSet:
@@ -171,4 +172,4 @@ def read_set(tokens: CalibrationTokens, name: str, raw: Activations, **facts: An
 
     share = with_output.square().sum(1) / (tokens.variance or 1)
     facts = {"dead": int((~activity.live).sum()), **facts}
-    return FeatureSet(name, activations, share.float(), False, None, ablation, facts)
+    return FeatureSet(name, activations, share.float(), False, None, ablation, facts=facts)

@@ -43,7 +43,10 @@ def independent_components(
         readout = readout @ tokens.weight
     else:
         mixing = mixing @ tokens.weight.T
-    found = written_set(tokens, f"ICA of {of}", reading(tokens, readout), mixing, **facts)
+    raw, mean_output = reading(tokens, readout), tokens.weight @ tokens.mean
+    found = written_set(
+        tokens, f"ICA of {of}", raw, mixing, reconstruct=lambda inputs: raw(inputs) @ mixing + mean_output, **facts
+    )
     found.facts["fvu"] = 1 - float(found.share.sum())
     return found
 

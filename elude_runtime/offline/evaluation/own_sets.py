@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from elude_runtime.partition.sums import concept_readout, full_width, neuron_gro
 CONCEPTS, SUBUNITS = "concepts", "sub-units"
 RANDOM_CONCEPTS, RANDOM_SUBUNITS = "random concepts", "random sub-units"
 OTHER_NEURON = "another neuron's sub-units"
+CONCEPTS_RANDOM_WEIGHTS, SUBUNITS_RANDOM_WEIGHTS = f"{CONCEPTS}, random weights", f"{SUBUNITS}, random weights"
 OWN = (CONCEPTS, SUBUNITS)
 NEURON_OF = "neuron_of_feature"
 """In a set's facts: the neuron of every feature, where features of one neuron are siblings."""
@@ -122,7 +124,8 @@ def concept_set(split: Split, name: str, **facts: Any) -> FeatureSet:
     share = torch.zeros(number + 1).index_add_(0, slots.flatten(), split.share.flatten())[:-1]
     sizes = torch.bincount(slots.flatten(), minlength=number + 1)[:-1]
     facts = {"rest_share": split.rest_share, "members_median": float(sizes.float().median()), **facts}
-    return FeatureSet(name, lambda x: x @ rows.T + shift, share, True, None, ablation, facts)
+    whole = partial(_put_together, split, by_concept=True)
+    return FeatureSet(name, lambda x: x @ rows.T + shift, share, True, None, ablation, whole, facts)
 
 
 def subunit_set(split: Split, name: str, neurons: Tensor, **facts: Any) -> FeatureSet:
@@ -143,7 +146,29 @@ def subunit_set(split: Split, name: str, neurons: Tensor, **facts: Any) -> Featu
         return activations(inputs)[:, features] @ write[features]
 
     facts = {"rest_share": split.rest_edges_share, "neurons": len(neurons), NEURON_OF: own.tolist(), **facts}
-    return FeatureSet(name, activations, split.share[own, slot], True, write, ablation, facts)
+    share = split.share[own, slot]
+    whole = partial(_put_together, split, by_concept=False)
+    return FeatureSet(name, activations, share, True, write, ablation, whole, facts)
+
+
+def _put_together(split: Split, inputs: Tensor, by_concept: bool) -> Tensor:
+    """[S, d]: the output less its bias from its parts at inputs [S, G n q]: c plus what every sub-unit of every neuron
+    adds, `rest` with them, or what every concept does, each computed by itself and then added up."""
+    weight, partition = split.weight, split.partition
+    width = partition.subunits + 1
+    own, parts = neuron_groups(len(weight), split.groups), partition.concept_slots(0)  # [d, M + 1]
+    total = partition.concepts(0) + 1 if by_concept else width
+    out = torch.empty(len(inputs), len(weight))
+    for chosen in torch.arange(len(weight)).split(max(1, _CHUNK_FLOATS // (total * max(len(inputs), inputs.shape[1])))):
+        rows = wide_weight(weight[chosen], partition.slots(0, chosen), width).flatten(0, 1)
+        rows = full_width(rows, own[chosen].repeat_interleave(width), split.groups).flatten(1)
+        mean = partition.mean[0, chosen]
+        t = (inputs @ rows.T).unflatten(1, (-1, width)) - mean  # [S, c, M + 1]
+        if by_concept:
+            u = torch.zeros(*t.shape[:2], total)
+            t = u.scatter_add_(2, parts[chosen].expand_as(t), t)  # every concept's part of each neuron's output
+        out[:, chosen] = mean.sum(1) + t.sum(2)
+    return out
 
 
 def siblings(one: FeatureSet) -> Tensor | None:

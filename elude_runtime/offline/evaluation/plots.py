@@ -13,13 +13,14 @@ import numpy as np
 from elude_runtime.errors import EludeError
 from elude_runtime.offline.evaluation.estimates import Estimate
 from elude_runtime.offline.evaluation.interventions import FRACTIONS
-from elude_runtime.offline.evaluation.own_sets import CONCEPTS, OWN, RANDOM_CONCEPTS, SUBUNITS
-from elude_runtime.offline.evaluation.result import Evaluation, LayerResult
+from elude_runtime.offline.evaluation.own_sets import CONCEPTS, CONCEPTS_RANDOM_WEIGHTS, OWN, RANDOM_CONCEPTS, SUBUNITS
 from elude_runtime.offline.evaluation.scores import IMG, TOK, SetScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from elude_runtime.offline.evaluation.result import Evaluation, LayerResult
 
 _COLOURS = ("#0b5fa5", "#d9822b", "#5b8c5a", "#8e5ea2")  # told apart in print and by colour-blind readers
 _GREY = "#8a8a8a"
@@ -27,6 +28,7 @@ _KINDS = ("#d9822b", "#8e5ea2", "#5b8c5a", "#444444", "#b04a5a")
 _OF_SET = {
     CONCEPTS: "#0b5fa5", SUBUNITS: "#5aa2d6", RANDOM_CONCEPTS: _GREY, "hidden units": "#444444",
     "k-means directions of x": "#d9822b", "PCA directions of y": "#8e5ea2", "groups of hidden units": "#5b8c5a",
+    CONCEPTS_RANDOM_WEIGHTS: "#c0a020",
 }  # fmt: skip
 _STEERING = {
     "side_effect": "mean |change| of the other logits / drop\n(less is more selective)",
@@ -161,7 +163,7 @@ def _features(figure: Figure, result: LayerResult) -> None:
 
 def _main_sets(result: LayerResult) -> list[SetScores]:
     """The checkpoint's own and the best known others, few enough to be told apart."""
-    wanted = [*OWN, RANDOM_CONCEPTS, "hidden units", "k-means directions of x"]
+    wanted = [*OWN, RANDOM_CONCEPTS, CONCEPTS_RANDOM_WEIGHTS, "hidden units", "k-means directions of x"]
     found = [s for name in wanted if (s := result.named(name))]
     return found + [s for s in _by_clarity(result) if s in _coders(result)][:1]
 

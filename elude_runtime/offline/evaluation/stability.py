@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from elude_runtime.analysis.model import EludeModel, load
 from elude_runtime.offline.base_model import BaseModel
@@ -33,8 +33,8 @@ from elude_runtime.offline.rewrite import rewrite_checkpoint
 from elude_runtime.partition import SplitConfig
 
 
-class _Half:
-    """Every other image of a source, as batches that can be read again and again."""
+class CalibrationImages:
+    """Images of a source, as batches that can be read again and again."""
 
     def __init__(self, source: ImageSource, places: Tensor) -> None:
         self._source = source.at(places)
@@ -47,6 +47,21 @@ def rewritten_halves(
     model: EludeModel, layers: Sequence[str], source: ImageSource, places: Tensor, folder: Path, report: Progress
 ) -> tuple[EludeModel, EludeModel]:
     """Two checkpoints of the same base model, each from half of the images at these places."""
+    first, second = (
+        rewritten(
+            model, model.base, layers, CalibrationImages(source, places[half::2]), folder / f"half{half}",
+            f"half {half + 1}", report,
+        )
+        for half in range(2)
+    )  # fmt: skip
+    return first, second
+
+
+def rewritten(
+    model: EludeModel, base: nn.Module, layers: Sequence[str], images: CalibrationImages, out: Path, stage: str,
+    report: Progress,
+) -> EludeModel:  # fmt: skip
+    """A network of the checkpoint's architecture, `base`, rewritten by the checkpoint's own method."""
     manifest = model.manifest
     known = {f.name for f in fields(SplitConfig)}
     config = SplitConfig(**{k: v for k, v in manifest.method.items() if k in known})
@@ -55,18 +70,13 @@ def rewritten_halves(
     if manifest.model.kind == "factory" and model.directory is not None:
         root = model.directory / "factory"
         files = tuple(root / name for name in manifest.model.files)
-    base = BaseModel(model.base, manifest.model, files, root)
-    made = []
-    for half in range(2):
-        out = folder / f"half{half}"
-        device = next(model.base.parameters()).device
-        rewrite_checkpoint(
-            base, _Half(source, places[half::2]), out, config, layers=list(layers),
-            concepts=manifest.method.get("concepts", 96), device=device, data_config=model.data_config,
-            progress=lambda stage, done, total, half=half: report(f"half {half + 1}: {stage}", done, total),  # type: ignore[misc]
-        )  # fmt: skip
-        made.append(load(out, device, trust_factory=True))
-    return made[0], made[1]
+    device = next(model.base.parameters()).device
+    rewrite_checkpoint(
+        BaseModel(base, manifest.model, files, root), images, out, config, layers=list(layers),
+        concepts=manifest.method.get("concepts", 96), device=device, data_config=model.data_config,
+        progress=lambda part, done, total: report(f"{stage}: {part}", done, total),
+    )  # fmt: skip
+    return load(out, device, trust_factory=True)
 
 
 def compare_halves(
