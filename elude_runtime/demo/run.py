@@ -6,11 +6,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
 import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,35 +20,20 @@ import torch
 from PIL import Image
 
 from elude_runtime.analysis.model import EludeModel, load
-from elude_runtime.checkpoint.manifest import ModelSource
 from elude_runtime.cli.archive import build_archive
 from elude_runtime.cli.torchserve import Server
-from elude_runtime.demo.images import CLASSES, WATERMARK_CLASS, Sample, make_set, write_folder
+from elude_runtime.demo.found import TOP_FEATURES, Found, accuracy_by_group, look_at, notable
+from elude_runtime.demo.images import CLASSES, WATERMARK_CLASS, Sample, make_set
 from elude_runtime.demo.model import load_demo_model
+from elude_runtime.demo.rewrite import CALIBRATION, demo_data_config, rewrite_demo, write_calibration
 from elude_runtime.errors import EludeError
 from elude_runtime.network.preprocessing import DataConfig, to_input
-from elude_runtime.offline.rewrite import BaseModel, rewrite_checkpoint
 from elude_runtime.offline.verify import Verification, verify
-from elude_runtime.partition import SplitConfig
 
-CALIBRATION, STREAM, GROUPS = 500, 240, 480
+STREAM, GROUPS = 240, 480
 _CLIENTS = 8
 _NAME = "demo"
-# A feature belongs to the story when its mean attribution is at least this share of the largest one's.
-_NOTABLE = 1 / 3
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Found:
-    """A feature that carries the suspicious class. auc: how well its activation tells pictures with the watermark from
-    those without (known from the generator, not used to find it); lowest, highest: pictures at its two ends."""
-
-    name: str
-    attribution: float
-    auc: float
-    lowest: list[Image.Image]
-    highest: list[Image.Image]
 
 
 @dataclass
@@ -102,18 +85,12 @@ def run(out: Path, say: Report) -> Story:
     story = Story(out)
     out.mkdir(parents=True, exist_ok=True)
     model, config = load_demo_model()
-    data = DataConfig.parse({k: config[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct")})
-    calibration = make_set(CALIBRATION, seed=1, split="train", workers=2)
-    shutil.rmtree(out / "images", ignore_errors=True)  # pictures of an earlier version would be calibrated on too
-    write_folder(out / "images", calibration)
+    data = demo_data_config(config)
+    write_calibration(out / "images")
     say(f"{CALIBRATION} pictures of toys, in {out / 'images'}")
 
-    source = ModelSource(kind="timm", name=config["timm_name"], args=config["timm_args"])
     checkpoint = out / "checkpoint"
-    made = rewrite_checkpoint(
-        BaseModel(model, source), out / "images", checkpoint, SplitConfig(), concepts=32, batch_size=50,
-        data_config=data, labels=list(config["labels"]), force=True,
-    ).manifest  # fmt: skip
+    made = rewrite_demo(model, config, out / "images", checkpoint)
     layer = made.layers[0]
     parts = " + ".join(f"{t.concepts} on {t.name}" for t in layer.token_types)
     say(f"rewrite: {layer.name}, {layer.neurons} neurons into sub-units and concepts ({parts})")
@@ -151,26 +128,26 @@ def _questions(
     )
     stream = make_set(STREAM, seed=2, split="train", workers=2)
     groups = make_set(GROUPS, seed=3, split="groups", workers=2)
-    replies = _ask(url, stream, {"explain": {"targets": [WATERMARK_CLASS], "top_features": 12}})
+    replies = _ask(url, stream, {"explain": {"targets": [WATERMARK_CLASS], "top_features": TOP_FEATURES}})
     suspects = [i for i, r in enumerate(replies) if r["answer"]["index"] == WATERMARK_CLASS]
     if not suspects:
         raise EludeError(
             "The demo model never answers with its suspicious class; its weights are not the shipped ones."
         )
     story.example, story.explained = stream[suspects[0]].image, replies[suspects[0]]
-    names = _notable([replies[i] for i in suspects])
+    names = notable([_attributions(replies[i]) for i in suspects])
     # In that stream watermark and class go together: only balanced pictures show that a feature tells the watermark.
-    story.found = _look_at(names, groups, loaded, data)
+    story.found = look_at(names, groups, loaded, data)
     say(f"explain: '{CLASSES[WATERMARK_CLASS]}' rests on " + " and ".join(f.name for f in story.found))
-    if not any(abs(f.auc - 0.5) > 0.4 for f in story.found):
+    if not any(f.tells for f in story.found):
         story.failures.append("explain: the watermark is not among the top features")
 
     edits = [{"feature": f.name, "mode": "ablate"} for f in story.found]
     plain = _ask(url, groups, {})
     steered = _ask(url, groups, {"steer": {"edits": edits}})
     story.steered = steered[0]
-    story.before = _accuracy(groups, [r["predictions"][0]["index"] for r in steered])
-    story.after = _accuracy(groups, [r["steered"]["predictions"][0]["index"] for r in steered])
+    story.before = accuracy_by_group(groups, [r["predictions"][0]["index"] for r in steered])
+    story.after = accuracy_by_group(groups, [r["steered"]["predictions"][0]["index"] for r in steered])
     story.unchanged_defaults = all(
         a["predictions"][0]["index"] == b["predictions"][0]["index"] for a, b in zip(plain, steered, strict=True)
     )
@@ -196,50 +173,10 @@ def _compare_predictions(story: Story, url: str, base: torch.nn.Module, data: Da
         story.failures.append("predict: a reply differs from the base model")
 
 
-def _notable(replies: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Features by mean attribution to the suspicious class, the notable ones."""
-    totals: dict[str, float] = defaultdict(float)
-    for reply in replies:
-        for layer in reply["explanations"][0]["layers"]:
-            for f in layer["features"]:
-                totals[f["feature"]] += f["attribution"] / len(replies)
-    ranked = sorted(totals.items(), key=lambda item: -item[1])
-    return [item for item in ranked if item[1] >= ranked[0][1] * _NOTABLE]
-
-
-def _look_at(
-    names: list[tuple[str, float]], samples: Sequence[Sample], model: EludeModel, data: DataConfig
-) -> list[Found]:
-    """What a person would do with a feature's name: look at the pictures at its two ends."""
-    transform = data.transform()
-    images = torch.stack([to_input(s.image, transform) for s in samples])
-    marked = np.array(["watermark" in s.concepts for s in samples])
-    found = []
-    for name, attribution in names:
-        feature = model.feature(name)
-        with torch.no_grad():
-            activation = model.state(feature.layer).activations(
-                model.record(images, [feature.layer]).x[feature.layer], feature
-            )
-        peak = activation.gather(1, activation.abs().argmax(1, keepdim=True))[:, 0].numpy()
-        order = np.argsort(peak, kind="stable")
-        ends = [[samples[i].image for i in part] for part in (order[:6], order[::-1][:6])]
-        found.append(Found(name, attribution, _auc(peak, marked), *ends))
-    return found
-
-
-def _auc(values: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a positive's value is the larger (Mann-Whitney; ties count half)."""
-    high, low = values[positive][:, None], values[~positive][None]
-    return float(((high > low) + 0.5 * (high == low)).mean())
-
-
-def _accuracy(samples: Sequence[Sample], predicted: Sequence[int]) -> dict[tuple[str, bool], float]:
-    """Accuracy of every group (class, watermark)."""
-    hits: dict[tuple[str, bool], list[bool]] = defaultdict(list)
-    for sample, index in zip(samples, predicted, strict=True):
-        hits[(CLASSES[sample.label], "watermark" in sample.concepts)].append(index == sample.label)
-    return {group: float(np.mean(values)) for group, values in hits.items()}
+def _attributions(reply: dict[str, Any]) -> dict[str, float]:
+    """{feature: attribution} of a reply's first target, over all layers."""
+    layers = reply["explanations"][0]["layers"]
+    return {f["feature"]: f["attribution"] for layer in layers for f in layer["features"]}
 
 
 def _encoded(image: Image.Image) -> dict[str, str]:

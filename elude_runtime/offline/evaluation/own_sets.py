@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -178,6 +178,15 @@ def siblings(one: FeatureSet) -> Tensor | None:
     if not isinstance(listed, list) or not listed or features % len(listed):
         return None
     return torch.tensor(listed).repeat_interleave(features // len(listed))
+
+
+def random_state(state: SplitState, token_type: int, inputs: Tensor, seed: int) -> SplitState:
+    """The layer with a random partition of one token type, as `random_split` makes it; the other type keeps its own."""
+    made, own = random_split(own_split(state, token_type, inputs), inputs, seed).partition, state.partition
+    parts = [getattr(own, f.name).clone() for f in fields(own)]
+    for part, field in zip(parts, fields(own), strict=True):
+        part[token_type] = getattr(made, field.name)[0]
+    return SplitState(state.entry, state.linear.module, Partition(*parts)).eval()
 
 
 def own_sets(split: Split, neurons: Tensor, inputs: Tensor, seed: int) -> list[FeatureSet]:
