@@ -37,8 +37,8 @@ def layer_effects(
 ) -> LayerEffects:  # fmt: skip
     """On some scoring images, spread over all of them, and on those of the class groups.
 
-    means [F] of each set: activations' means over the calibration tokens; inputs [S, m]: what these read; places [N]: of the
-    scoring images.
+    means [F] of each set: activations' means over the calibration tokens; inputs [S, m]: what these read; places [N]:
+    of the scoring images.
     """
     count = min(options.effect_images, len(places))
     if not count or model.manifest.output != "logits":
