@@ -18,7 +18,7 @@ from elude_runtime.network.tail import Recording
 from elude_runtime.offline.evaluation.class_groups import ClassGroup, GroupImages
 from elude_runtime.offline.evaluation.estimates import Estimate
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
-from elude_runtime.offline.evaluation.interventions import DROP, NORM
+from elude_runtime.offline.evaluation.interventions import NORM
 from elude_runtime.offline.evaluation.own_sets import CONCEPTS
 from elude_runtime.offline.evaluation.removal import (
     SCALES,
@@ -35,6 +35,9 @@ from elude_runtime.offline.images import ImageSource, Progress
 
 AT_DROP, AT_NORM = "side_effect_at_equal_drop", "side_effect_at_equal_norm"
 FIGURES = (AT_DROP, AT_NORM)
+DROP = 0.1
+"""Of the group's target itself. What one layer gives the mean of a group can be nothing, or less, though it moves its
+classes a lot."""
 HALF = "hidden units"
 """The set whose side effects ours should halve; those of the others they should stay below."""
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not told"
@@ -44,7 +47,7 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "not told"
 class GroupSteering:
     """One feature set. taken: number of features taken out for each group; side: {figure: {group: [reported images]}},
     mean |change| of the other classes' centred logits per drop of the group's target: with the target down by `DROP` of
-    what the layer gives it (infinite where it never is), and with the change as large as `NORM` of the centred output
+    itself (infinite where it never is), and with the change as large as `NORM` of the centred output
     (infinite where the target does not drop)."""
 
     name: str
@@ -136,13 +139,13 @@ def steer_groups(
     model: EludeModel, reader: TokenReader, sets: Sequence[FeatureSet], means: Sequence[Tensor],
     groups: Sequence[GroupImages], source: ImageSource, report: Progress,
 ) -> list[GroupSteering]:  # fmt: skip
-    """Every set on every group. means [F] of each set: activations' means over the calibration tokens. Images to whose
-    group the layer gives nothing take no part, nor a group without an image left to choose on."""
+    """Every set on every group. means [F] of each set: activations' means over the calibration tokens. Images in which
+    the group is not ahead of the others on average take no part, nor a group without an image left to choose on."""
     found = [GroupSteering(one.name) for one in sets]
     for own in groups:
         group, totals, wanted = own.group, [torch.zeros(len(one.share)) for one in sets], 0.0
         for _, image in _images(model, reader, group, source.at(own.choosing), report):
-            wanted += DROP * (image.value - image.baseline)
+            wanted += DROP * image.value
             for one, mean, total in zip(sets, means, totals, strict=True):
                 total += attributions(one, image.reads, image.gradient, mean)
         if not wanted > 0:
@@ -169,8 +172,8 @@ def _images(
             continue
         with torch.inference_mode(False):
             recording = model.record(batch.images.to(parameter.device, parameter.dtype), [layer])
-            kept = recorded_images(model, reader, recording, [group.target] * len(batch.places))
-        yield from ((recording, image) for image in kept)
+            found = recorded_images(model, reader, recording, [group.target] * len(batch.places), every=True)
+        yield from ((recording, image) for image in found if image.value > 0)
         report(f"steering {group.name}: {layer}", len(batch.places), source.count)
 
 
@@ -183,6 +186,6 @@ def _side_effects(
         return float("inf"), float("inf")
     scales = [*SCALES, NORM * image.spread / norm]
     drop, side = group.selectivity(outputs_with(model, reader, recording, image.row, [-s * part for s in scales]))
-    wanted = DROP * (image.value - image.baseline)
+    wanted = DROP * image.value
     fallen = float(drop[-1])
     return at_drop(drop[:-1], side[:-1], wanted) / wanted, float(side[-1]) / fallen if fallen > 0 else float("inf")

@@ -37,9 +37,9 @@ class RecordedImage:
 
 
 def recorded_images(
-    model: EludeModel, reader: TokenReader, recording: Recording, targets: Sequence[Target]
+    model: EludeModel, reader: TokenReader, recording: Recording, targets: Sequence[Target], *, every: bool = False
 ) -> list[RecordedImage]:
-    """The images of a pass to whose target, one an image, the layer gives something."""
+    """The images of a pass, with one target an image, to whose target the layer gives something; or every one."""
     state = reader.state
     questions = [Question(row, [target], _STEPS) for row, target in enumerate(targets)]
     with model.lock:
@@ -54,7 +54,7 @@ def recorded_images(
         without = target.value(outputs_with(model, reader, recording, row, [-centred])).tolist()
         value = float(target.value(logits)[0])
         baseline = value + without[1] - without[0]
-        if value - baseline > _LEAST_VALUE * float(logits.float().abs().max()):
+        if every or value - baseline > _LEAST_VALUE * float(logits.float().abs().max()):
             gradient = gradients[row][0, reader.span].cpu()
             found.append(RecordedImage(row, target, reads[row], gradient, value, baseline, float(centred.norm())))
     return found
