@@ -16,7 +16,7 @@ from torch import Tensor
 from elude_runtime.analysis.model import EludeModel
 from elude_runtime.network.tail import Recording
 from elude_runtime.offline.evaluation.class_groups import ClassGroup, GroupImages
-from elude_runtime.offline.evaluation.estimates import Estimate
+from elude_runtime.offline.evaluation.estimates import LEVEL, Estimate, number
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
 from elude_runtime.offline.evaluation.interventions import NORM
 from elude_runtime.offline.evaluation.own_sets import CONCEPTS
@@ -71,37 +71,54 @@ class GroupSteering:
 
 @dataclass(frozen=True, eq=False)
 class SideEffects:
-    """Our side effect over another set's. bar: what it should be at most; the verdict is open while the 95 % interval
-    has the bar inside."""
+    """Our side effect a beside another set's b. share: a / (a + b), which infinite ones have too (1/2 if both are), so
+    that no draw is lost; bar: what a / b should be below; the verdict is open while the interval has it inside."""
 
     figure: str
     against: str
-    ratio: Estimate
+    share: Estimate
     bar: float
 
     @property
+    def ratio(self) -> tuple[float, float, float]:
+        """a / b and its 95 % interval, from the quantiles of the draws themselves: images are drawn with replacement,
+        and a bounded share is not shifted. Infinite where only theirs reaches the drop."""
+        low, high = np.quantile(self.share.draws, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+        value, low, high = (float(s / (1 - s)) if s < 1 else float("inf") for s in (self.share.value, low, high))
+        return value, low, high
+
+    @property
     def verdict(self) -> str:
-        if self.ratio.value == float("inf"):  # ours never reaches the drop, theirs does
-            return FAILS
-        low, high = self.ratio.interval
-        return HOLDS if high <= self.bar else FAILS if low > self.bar else OPEN
+        _, low, high = self.ratio
+        return HOLDS if high < self.bar else FAILS if low > self.bar else OPEN
 
     def document(self) -> dict[str, object]:
+        ratio = dict(zip(("value", "low", "high"), map(number, self.ratio), strict=True))
         return {
-            "figure": self.figure, "set": CONCEPTS, "against": self.against, "ratio": self.ratio.document(),
-            "bar": self.bar, "verdict": self.verdict,
+            "figure": self.figure, "set": CONCEPTS, "against": self.against, "ratio": ratio, "bar": self.bar,
+            "verdict": self.verdict,
         }  # fmt: skip
+
+
+def _share(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / (a + b) of side effects, each at least 0 or infinite."""
+    with np.errstate(invalid="ignore"):
+        finite = np.where(a + b > 0, a / (a + b), 0.5)
+    return np.select([np.isinf(a) & np.isinf(b), np.isinf(a), np.isinf(b)], [0.5, 1.0, 0.0], finite)
 
 
 def compare(sets: Sequence[GroupSteering], draws: int, seed: int) -> Iterator[SideEffects]:
     """Concepts against every other set, paired: both on the same draws of images."""
     own = next((s for s in sets if s.name == CONCEPTS), None)
-    for other in (s for s in sets if own is not None and s is not own):
+    if own is None or not own.taken:
+        return
+    for other in (s for s in sets if s is not own):
         for figure in FIGURES:
-            a, b = own.estimate(figure, draws, seed), other.estimate(figure, draws, seed)  # type: ignore[union-attr]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                ratio = Estimate(float(np.divide(a.value, b.value)), a.draws / b.draws)
-            yield SideEffects(figure, other.name, ratio, 0.5 if other.name == HALF else 1.0)
+            a, b = own.estimate(figure, draws, seed), other.estimate(figure, draws, seed)
+            if np.isnan(a.value) or np.isnan(b.value):  # no image was reported
+                continue
+            share = Estimate(float(_share(np.array(a.value), np.array(b.value))), _share(a.draws, b.draws))
+            yield SideEffects(figure, other.name, share, 0.5 if other.name == HALF else 1.0)
 
 
 def steering_document(
