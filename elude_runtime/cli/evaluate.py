@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from elude_runtime.cli import model_options as options
+from elude_runtime.cli.evaluate_effects import figure, print_effects, print_properties
 from elude_runtime.cli.progress import console, printer, stages
 
 if TYPE_CHECKING:
@@ -44,14 +46,33 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE.json", help='Known properties: {"striped": ["a.png", "b.png"]}; AUC of each.'),
     ] = None,
+    class_groups: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help='Classes steered together: {"dogs": [151, "beagle"]}, indices or labels.'
+        ),
+    ] = None,
     draws: Annotated[int, typer.Option(help="Of the bootstrap.", min=2)] = 200,
     effect_images: Annotated[
-        int, typer.Option(help="Images on which features are taken out and steered; 0 for none.", min=0)
+        int,
+        typer.Option(
+            help="Images on which features are taken out and steered, of a class group twice as many; 0 for none.",
+            min=0,
+        ),
     ] = 24,
     stability: Annotated[
         bool,
         typer.Option("--stability/--no-stability", help="Rewrite the model from halves of the calibration images."),
     ] = True,
+    random_network: Annotated[
+        bool,
+        typer.Option(
+            "--random-network/--no-random-network", help="Rewrite and score the same architecture with random weights."
+        ),
+    ] = True,
+    fidelity_images: Annotated[
+        int, typer.Option(help="Images on which reconstructions take the layer's place; 0 for none.", min=0)
+    ] = 100,
     max_images: Annotated[int | None, typer.Option(help="Use this many, spread over the folder.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 25,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
@@ -69,13 +90,15 @@ def evaluate(
 
     need_matplotlib()  # before the work, not after it
 
-    wanted = EvaluateOptions(neurons, _baselines(baselines), draws, effect_images, stability, seed=seed)
+    wanted = EvaluateOptions(
+        neurons, _baselines(baselines), draws, effect_images, stability, random_network, fidelity_images, seed=seed
+    )
     judges = _encoders(encoder or [], encoder_weights or [], encoder_factory or [])
     with stages() as bar:
         result = run(
             checkpoint, images, judges, wanted, calibration=calibration, layers=layers, batch_size=batch_size,
             workers=workers, limit=max_images, device=device, trust_factory=trust_factory,
-            truth=_truth(truth), progress=bar,
+            truth=_truth(truth), groups=_groups(class_groups), progress=bar,
         )  # fmt: skip
         files = result.write(checkpoint)
     for warning in result.warnings:
@@ -91,6 +114,18 @@ def evaluate(
 
 def _truth(file: Path | None) -> dict[str, list[str]]:
     """SettingsError for a file that does not name files by property."""
+    hint = 'does not name files by property; write {"striped": ["a.png", "b.png"]}.'
+    return _lists(file, hint, lambda x: isinstance(x, str))
+
+
+def _groups(file: Path | None) -> dict[str, list[int | str]]:
+    """SettingsError for a file that does not name classes by group."""
+    hint = 'does not name classes by group; write {"dogs": [151, "beagle"]}.'
+    return _lists(file, hint, lambda x: isinstance(x, int | str) and not isinstance(x, bool))
+
+
+def _lists(file: Path | None, hint: str, fits: Callable[[object], bool]) -> dict[str, list[Any]]:
+    """{name: list} of a JSON file; SettingsError with the hint for another content."""
     from elude_runtime.errors import SettingsError
 
     if file is None:
@@ -99,10 +134,8 @@ def _truth(file: Path | None) -> dict[str, list[str]]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"{file} cannot be read as JSON ({error}).") from error
-    if not isinstance(values, dict) or not all(
-        isinstance(files, list) and all(isinstance(f, str) for f in files) for files in values.values()
-    ):
-        raise SettingsError(f'{file} does not name files by property; write {{"striped": ["a.png", "b.png"]}}.')
+    if not isinstance(values, dict) or not all(isinstance(v, list) and all(map(fits, v)) for v in values.values()):
+        raise SettingsError(f"{file} {hint}")
     return values
 
 
@@ -146,24 +179,34 @@ def _print(result: Evaluation) -> None:
 
 
 def _print_layer(layer: LayerResult) -> None:
+    from elude_runtime.offline.evaluation.encoders import PIXELS
+
     screen = printer()
     screen.print(f"\n[bold]{layer.layer}[/], {layer.tokens}, {layer.calibration_tokens} calibration tokens")
     columns = [(j.name, m) for j in layer.judges for m in j.ceiling]
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    judged = [j.name for j in layer.judges if j.name != PIXELS] or [PIXELS]
     table.add_column("features", vertical="bottom", no_wrap=True)
-    for heading in ("", "lossless", "live", "dup.", *(f"{j}\n{m}" for j, m in columns)):
+    headings = ("", "lossless", "top-1\nkept", "live", "dup.", *(f"{j}\n{m}" for j, m in columns))
+    for heading in (*headings, *(f"{j}\nintruder" for j in judged)):
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     first = layer.judges[0].name
     for one in sorted(layer.sets, key=lambda s: -_sortable(s.clarity[first].averages["img9"]["weighted"])):
         fvu = one.set.facts.get("fvu_output")
         table.add_row(
             one.name, str(len(one.set.share)), "yes" if one.set.lossless else "no" if fvu is None else f"FVU {fvu:.2f}",
+            "-" if one.top1_kept is None else f"{one.top1_kept.value:.0%}",
             f"{float(one.live.float().mean()):.0%}", f"{float(one.duplicates.float().mean()):.0%}",
-            *(_figure(one.clarity[j].averages[m]["weighted"]) for j, m in columns),
+            *(figure(one.clarity[j].averages[m]["weighted"]) for j, m in columns),
+            *(figure(one.clarity[j].averages["intruder"]["weighted"], 2) for j in judged),
         )  # fmt: skip
     screen.print(table)
     ceilings = ", ".join(f"{j.name} {m} {c:.2f}" for j in layer.judges for m, c in j.ceiling.items())
     screen.print(f"[dim]weighted by share of variance over both ends, with 95 % intervals; ceilings: {ceilings}[/]")
+    screen.print(
+        "[dim]intruder: how often the encoder names the odd one out of 4 exemplars and 1 other image, chance 0.20"
+        f"{_kept(layer)}[/]"
+    )
     for name, entry in layer.stability.items():
         screen.print(
             f"stability of {name} between rewrites from disjoint halves of the calibration images: matched correlation "
@@ -174,24 +217,14 @@ def _print_layer(layer: LayerResult) -> None:
         best = sorted(((_or_less(s.auc[name].reported), s.name) for s in layer.sets), reverse=True)[:5]
         told = ", ".join(f"{own} {value:.3f}" for value, own in best)
         screen.print(f"AUC of {name}, chosen on half of the images and reported on the others: {told}")
-    if layer.effects:
-        _print_effects(layer)
+    if layer.properties is not None:
+        print_properties(layer.properties)
+    print_effects(layer)
 
 
-def _print_effects(layer: LayerResult) -> None:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("taken out and steered", vertical="bottom", no_wrap=True)
-    keys = {
-        "deletion_area": "deletion\narea", "insertion_area": "insertion\narea",
-        "side_effect": "change of others\nat equal drop", "drop_per_side_effect": "drop per change\nat equal norm",
-    }  # fmt: skip
-    for heading in keys.values():
-        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
-    for one in layer.effects:
-        if one.side:
-            figures = one.figures(1000, 0)
-            table.add_row(one.name, *(_figure(figures[k]) if k in figures else "-" for k in keys))
-    printer().print(table)
+def _kept(layer: LayerResult) -> str:
+    images = [one.top1_kept.images for one in layer.sets if one.top1_kept is not None]
+    return f"; top-1 kept: with the features' own sum in the layer's place, {images[0]} images" if images else ""
 
 
 def _sortable(figure: Estimate) -> float:
@@ -204,10 +237,3 @@ def _or_less(value: float) -> float:
 
 def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _figure(figure: Estimate) -> str:
-    if figure.value != figure.value:
-        return "-"
-    low, high = figure.interval
-    return f"{figure.value:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,6 +1,7 @@
 """Measures the demo network: accuracy by group, concepts in hidden units, where the watermark's effect flows.
 
-`python -m elude_runtime.demo.measure` prints the figures; `--store` also writes them into the configuration file.
+`python -m elude_runtime.demo.measure` prints the figures; `--store` also writes them into the configuration file;
+`--features` prints those of the rewritten network's features instead.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -224,8 +226,17 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2400, help="pictures of a kind")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--store", action="store_true", help="write the figures into the configuration file")
+    parser.add_argument("--features", action="store_true", help="rewrite the shipped network; what its features do")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.features:
+        from elude_runtime.demo.features import feature_figures  # it needs what `.[evaluate]` installs
+
+        if args.store or args.folder != CONFIG_FILE.parent:
+            parser.error("--features rewrites the shipped network as the demo does, and stores nothing")
+        with TemporaryDirectory() as folder:
+            show(feature_figures(Path(folder), args.pictures))
+        return
     model, config = load_demo_model(args.folder)
     figures = measure(model, args.pictures, args.threads)
     show(figures)

@@ -55,21 +55,33 @@ def test_the_screen_and_the_files(run: Run, checkpoint: Path, weights: Path) -> 
         "pixels",
         "img9",
         "tok9",
+        "intruder",
+        "kept",
         "stability of concepts",
     ):
         assert part in ran.out, part
-    for name in ("concepts", "sub-units", "random concepts", "hidden units", "k-means directions of x"):
+    for name in (
+        "concepts", "sub-units", "random concepts", "concepts, random weights", "sub-units, random weights",
+        "hidden units", "k-means directions of x",
+    ):  # fmt: skip
         assert any(line.startswith(name) for line in ran.out.splitlines()), name
     assert ran.out.rstrip().endswith("not yet meaningful to people.")
     assert "note:" in ran.err and "evaluation.json" in ran.err
     document = json.loads((checkpoint / "evaluation.json").read_text())
     assert document["settings"]["baselines"]["baselines"] == ["hidden", "kmeans"]
+    own = next(line for line in ran.out.splitlines() if line.startswith("concepts  "))
+    assert own.split()[2:4] == ["yes", "100%"] and "layer's place, 54 images" in ran.out
     assert (checkpoint / "evaluation" / f"{SECOND}.patches.clarity.png").is_file()
 
 
 def test_json(run: Run, checkpoint: Path) -> None:
-    ran = run(checkpoint, "--encoder", "pixels", "--baselines", "none", "--no-stability", "--json")
+    ran = run(
+        checkpoint, "--encoder", "pixels", "--baselines", "none", "--no-stability", "--no-random-network",
+        "--fidelity-images", 0, "--json",
+    )  # fmt: skip
     assert ran.code == 0 and ran.document == json.loads((checkpoint / "evaluation.json").read_text())
+    sets = ran.document["layers"][0]["sets"]
+    assert not [s for s in sets if "random weights" in s["name"] or s["top1_kept"]]
     assert [e["name"] for e in ran.document["encoders"]] == ["pixels"]
 
 
@@ -100,9 +112,33 @@ def test_known_properties(run: Run, checkpoint: Path, scored: Path, tmp_path: Pa
     few = ("--baselines", "none", "--no-stability", "--effect-images", 0)
     ran = run(checkpoint, *few, "--truth", file)
     assert ran.code == 0 and "AUC of early, chosen on half of the images and reported on the others: " in ran.out
+    assert "best concept or sub-unit less best random concept or sub-unit: " in ran.out
     refused(run(checkpoint, *few, "--truth", tmp_path / "none.json"), "none.json")
     file.write_text('["a.png"]')
     refused(run(checkpoint, *few, "--truth", file), "does not name files by property")
+
+
+def test_class_groups(run: Run, checkpoint: Path, vit: Rewritten, tmp_path: Path) -> None:
+    file = tmp_path / "groups.json"
+    file.write_text(json.dumps({"some": [0, 1, "cat", 4], "others": [3, 5, 6]}))
+    few = ("--baselines", "hidden", "--no-stability", "--no-random-network", "--fidelity-images", 0)
+    ran = run(checkpoint, *few, "--class-groups", file, "--effect-images", 4)
+    assert ran.code == 0, ran
+    assert "attribution against true effect" in ran.out and "side effect of steering class groups" in ran.out
+    document = json.loads((checkpoint / "evaluation.json").read_text())
+    (layer, *_) = document["layers"]
+    groups, rows = layer["class_groups"], layer["attribution_against_effect"]
+    assert groups["groups"] and {s["name"] for s in groups["sets"]} == {"concepts", "random concepts", "hidden units"}
+    for one in groups["comparisons"]:
+        kind = one["figure"].split("_")[-1]
+        said = f"at equal {kind}, concepts' side effect over that of {one['against']}: "
+        assert said in " ".join(ran.out.split())
+    assert {r["features"] for r in rows} == {"own", "random partition"}
+    for content, said in (
+        ({"some": ["cta"]}, "Did you mean cat"), ({"some": [7]}, "classes 0 to 6"), ({"some": [True]}, "by group"),
+    ):  # fmt: skip
+        file.write_text(json.dumps(content))
+        refused(run(checkpoint, *few, "--class-groups", file), said)
 
 
 def test_without_matplotlib_it_says_so_before_the_work(

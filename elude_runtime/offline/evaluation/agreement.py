@@ -84,17 +84,17 @@ def adjusted_rand_index(one: Tensor, other: Tensor) -> float:
 
 
 def auc(values: Tensor, truth: Tensor) -> Tensor:
-    """[F]: the chance that an image with the property has the larger value than one without (Mann & Whitney 1947),
-    equal ones half. values [N, F], truth bool [N]; NaN unless there are both kinds."""
+    """[F], or [P, F] for P properties: the chance that an image with the property has the larger value than one without
+    (Mann & Whitney 1947), equal ones half. values [N, F], truth bool [N] or [P, N]; NaN unless there are both kinds."""
     from scipy.stats import rankdata
 
-    positive = int(truth.sum())
-    negative = len(truth) - positive
-    if not positive or not negative:
-        return torch.full((values.shape[1],), torch.nan)
+    having = torch.atleast_2d(truth).double()
+    positive = having.sum(1, keepdim=True)
+    negative = having.shape[1] - positive
     ranks = torch.from_numpy(np.asarray(rankdata(values.numpy(), axis=0)))
-    above = ranks[truth].sum(0) - positive * (positive + 1) / 2
-    return (above / (positive * negative)).float()
+    above = having @ ranks - positive * (positive + 1) / 2
+    found = torch.where((positive > 0) & (negative > 0), above / (positive * negative), torch.nan).float()
+    return found if truth.dim() > 1 else found[0]
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,17 @@ class ConceptAuc:
     reported: float
 
 
-def concept_auc(high: Tensor, low: Tensor, truth: Tensor, choosing: Tensor) -> ConceptAuc:
-    """The best feature and end for a property: chosen on the images of one split, reported on the others.
+def concept_auc(high: Tensor, low: Tensor, truth: Tensor, choosing: Tensor) -> list[ConceptAuc]:
+    """The best feature and end for each of P properties: chosen on the images of one split, reported on the others.
 
-    high, low [N, F]: every image's maximum and minimum; truth, choosing bool [N]. At the negative end an image's value
-    is minus its minimum.
+    high, low [N, F]: every image's maximum and minimum; truth bool [P, N], choosing bool [N]. At the negative end an
+    image's value is minus its minimum.
     """
     ends = (high, -low)
-    on_split = torch.stack([auc(end[choosing], truth[choosing]) for end in ends])  # [2, F]
-    best = int(on_split.nan_to_num(-1).flatten().argmax())
-    end, feature = divmod(best, high.shape[1])
-    reported = auc(ends[end][~choosing][:, feature : feature + 1], truth[~choosing])
-    return ConceptAuc(feature, 1 if end == 0 else -1, float(on_split[end, feature]), float(reported[0]))
+    on_split = torch.stack([auc(end[choosing], truth[:, choosing]) for end in ends], 1)  # [P, 2, F]
+    found = []
+    for own, having in zip(on_split, truth, strict=True):
+        end, feature = divmod(int(own.nan_to_num(-1).flatten().argmax()), high.shape[1])
+        reported = auc(ends[end][~choosing][:, feature : feature + 1], having[~choosing])
+        found.append(ConceptAuc(feature, 1 if end == 0 else -1, float(own[end, feature]), float(reported[0])))
+    return found

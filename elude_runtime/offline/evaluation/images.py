@@ -97,15 +97,17 @@ def split_images(
     return ImageSplit(given.at(places), calibration, len(found), among, shared, len(found) - len(first))
 
 
-def known_truth(source: ImageSource, places: Tensor, truth: Mapping[str, Collection[str]]) -> dict[str, Tensor]:
+def known_truth(
+    source: ImageSource, places: Tensor, truth: Mapping[str, Collection[str]], choosing: Tensor
+) -> dict[str, Tensor]:
     """{property: bool [N]} of the images at these places, from the names of the files that have it. SettingsError for a
-    property that no image, or every one, has."""
+    property that none or all of the images have that choose features, bool [N], or of the others."""
     names = [Path(source.name(place)).name for place in places.tolist()] if truth else []
     found = {}
     for name, files in truth.items():
         having = {Path(file).name for file in files}
         found[name] = torch.tensor([n in having for n in names])
-        for half in (found[name][::2], found[name][1::2]):
+        for half in (found[name][choosing], found[name][~choosing]):
             if bool(half.all()) or not bool(half.any()):
                 raise SettingsError(
                     f"The property {name!r} cannot be told on these images: in one half of them all or none have it; "
@@ -119,7 +121,7 @@ def layer_batches(
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Every batch with a readable image, and the layer's input [B, ...] at it."""
     parameter = next(model.base.parameters())
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, Tensor] = {}
     for batch in source.numbered():
         if not len(batch.places):
             continue
@@ -127,5 +129,18 @@ def layer_batches(
             seen.clear()
             with suppress(StopForward):
                 model.base(batch.images.to(parameter.device, parameter.dtype))
-        yield batch, by_image(seen[layer][0], len(batch.places)).float()
+        yield batch, by_image(seen[layer], len(batch.places)).float()
         report(stage, len(batch.places), source.count)
+
+
+def top_classes(model: EludeModel, source: ImageSource, report: Progress) -> tuple[Tensor, Tensor]:
+    """(places of the images that can be read, the class of each one's largest logit), int64 [N]."""
+    parameter, places, tops = next(model.base.parameters()), [], []
+    for batch in source.numbered():
+        if len(batch.places):
+            with model.lock, torch.no_grad():
+                logits = model.base(batch.images.to(parameter.device, parameter.dtype))
+            places.append(batch.places)
+            tops.append(logits.argmax(-1).cpu())
+        report("top classes", len(batch.places), source.count)
+    return torch.cat(places), torch.cat(tops)

@@ -22,18 +22,21 @@ from elude_runtime.offline.evaluation.images import ImageSplit
 class EvaluateOptions:
     """neurons: drawn at random, whose sub-units are scored; baselines: None for none; draws: of the bootstrap;
     effect_images: on which features are taken out and steered, 0 for none; stability: rewrite the model from halves of
-    the calibration images; tokens: of the calibration, at most."""
+    the calibration images; random_network: score the same architecture with random weights beside it; fidelity_images:
+    on which reconstructions are put in place, 0 for none; tokens: of the calibration, at most."""
 
     neurons: int = 100
     baselines: BaselineOptions | None = field(default_factory=BaselineOptions)
     draws: int = 200
     effect_images: int = 24
     stability: bool = True
+    random_network: bool = True
+    fidelity_images: int = 100
     tokens: int = 60_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.neurons < 1 or self.draws < 2 or self.effect_images < 0 or self.tokens < 2:
+        if self.neurons < 1 or self.draws < 2 or min(self.effect_images, self.fidelity_images) < 0 or self.tokens < 2:
             raise SettingsError("Neurons must be at least 1, draws and tokens at least 2, images not below 0.")
         if not 0 <= self.seed < 2**31:
             raise SettingsError("The seed must be a whole number from 0 to 2^31 - 1.")
@@ -68,6 +71,7 @@ def run_facts(
         "settings": {
             "seed": options.seed, "neurons": options.neurons, "draws": options.draws, "tokens": options.tokens,
             "effect_images": options.effect_images, "stability": options.stability,
+            "random_network": options.random_network, "fidelity_images": options.fidelity_images,
             "baselines": None if baselines is None else {k: _listable(v) for k, v in vars(baselines).items()},
         },
     }  # fmt: skip

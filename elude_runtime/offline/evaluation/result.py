@@ -14,14 +14,17 @@ import torch
 
 from elude_runtime.checkpoint.storage import storage_error, write_json
 from elude_runtime.network.tokens import TYPE_NAMES
+from elude_runtime.offline.evaluation.attribution_effects import EffectRow
+from elude_runtime.offline.evaluation.class_groups import GroupImages
 from elude_runtime.offline.evaluation.encoders import PIXELS
 from elude_runtime.offline.evaluation.estimates import Estimate, number
+from elude_runtime.offline.evaluation.group_steering import GroupSteering, steering_document
 from elude_runtime.offline.evaluation.interventions import Effects
-from elude_runtime.offline.evaluation.own_sets import CONCEPTS, OWN, RANDOM_CONCEPTS
-from elude_runtime.offline.evaluation.scores import IMG, TOK, Judge, SetScores
+from elude_runtime.offline.evaluation.known_properties import KnownProperties
+from elude_runtime.offline.evaluation.own_sets import OWN, RANDOM_CONCEPTS
+from elude_runtime.offline.evaluation.scores import IMG, INTRUDER, TOK, Judge, SetScores
 
 FILE, FOLDER = "evaluation.json", "evaluation"
-_CONTROLS = ("random sub-units", "another neuron's sub-units", "hidden units", "k-means directions of x")
 CLEARER, LESS, EVEN = "clearer", "less clear", "not told apart"
 
 
@@ -57,7 +60,8 @@ class Comparison:
 @dataclass(eq=False)
 class LayerResult:
     """One layer and token type. rest: part of the output's variance that no numbered concept, and that no numbered
-    sub-unit carries; stability: beside another rewrite, where there is one."""
+    sub-unit carries; stability: beside another rewrite, where there is one; agreement: of attributions with true
+    effects; steering: of each set, on the class groups; properties: how well known ones are told."""
 
     layer: str
     token_type: int
@@ -67,6 +71,10 @@ class LayerResult:
     sets: list[SetScores]
     effects: list[Effects] = field(default_factory=list)
     stability: dict[str, Any] = field(default_factory=dict)
+    agreement: list[EffectRow] = field(default_factory=list)
+    groups: list[GroupImages] = field(default_factory=list)
+    steering: list[GroupSteering] = field(default_factory=list)
+    properties: KnownProperties | None = None
 
     @property
     def tokens(self) -> str:
@@ -81,19 +89,19 @@ class LayerResult:
             for other in (s for s in self.sets if s is not own):
                 for judge in self.judges:
                     ours, theirs = own.clarity[judge.name].averages, other.clarity[judge.name].averages
-                    for metric in (m for m in (IMG, TOK) if m in ours):
+                    for metric in (m for m in (IMG, TOK, INTRUDER) if m in ours):
                         a, b = ours[metric]["weighted"], theirs[metric]["weighted"]
                         ratio = a.value / b.value if b.value > 0 else float("nan")
                         yield Comparison(own.name, other.name, judge.name, metric, a - b, ratio)
 
     def verdicts(self, own: str) -> dict[str, list[str]]:
-        """{verdict: other sets}: by all metrics of all encoders but the pixels, where they agree; else not told
-        apart."""
+        """{verdict: other sets}: by img9 and tok9 of all encoders but the pixels, where they agree; else not told
+        apart. Intruder detection is compared, but has no say: it asks about the images of img9 once more."""
         found: dict[str, list[str]] = {CLEARER: [], EVEN: [], LESS: []}
         said: dict[str, set[str]] = {}
         trained = [j.name for j in self.judges if j.name != PIXELS] or [PIXELS]
         for one in self.comparisons():
-            if one.own == own and one.encoder in trained:
+            if one.own == own and one.encoder in trained and one.metric != INTRUDER:
                 said.setdefault(one.other, set()).add(one.verdict)
         for other, verdicts in said.items():
             found[verdicts.pop() if len(verdicts) == 1 else EVEN].append(other)
@@ -133,6 +141,9 @@ class LayerResult:
             "sets": [s.document() for s in self.sets],
             "comparisons": [c.document() for c in self.comparisons()],
             "effects": {e.name: e.document(draws, seed) | {"clarity": self.by_attribution(e)} for e in self.effects},
+            "attribution_against_effect": [row.document() for row in self.agreement],
+            "class_groups": steering_document(self.groups, self.steering, draws, seed) if self.groups else None,
+            "known_properties": self.properties and self.properties.document(),
             "stability": self.stability,
         }
 
@@ -149,15 +160,10 @@ class Evaluation:
 
     @property
     def statement(self) -> str:
-        """What the run shows and what it does not, from its intervals."""
-        images, encoders = self.facts["images"], [e["name"] for e in self.facts["encoders"] if e["name"] != PIXELS]
-        seen = f"to {' and '.join(encoders)}" if encoders else "to colours and edges alone"
-        parts = [_layer_statement(layer) for layer in self.layers]
-        return (
-            f"On {images['scored']} images that calibrated nothing, {seen} (95 % intervals of paired differences, "
-            f"weighted by share of variance over both ends): {'; '.join(parts)}. This says nothing about other images, "
-            "layers or encoders, and clear to an encoder is not yet meaningful to people."
-        )
+        """What the run shows and what it does not."""
+        from elude_runtime.offline.evaluation.statement import statement
+
+        return statement(self)
 
     def document(self) -> dict[str, Any]:
         return {
@@ -190,35 +196,3 @@ class Evaluation:
             shutil.rmtree(work, ignore_errors=True)
         write_json(checkpoint / FILE, self.document())
         return [checkpoint / FILE, *(folder / name for name in names)]
-
-
-def _layer_statement(result: LayerResult) -> str:
-    said = []
-    for own in (o for o in OWN if result.named(o)):
-        groups = result.verdicts(own)
-        if own != CONCEPTS and CONCEPTS in {s.name for s in result.sets}:
-            known = {name: verdict for verdict, names in groups.items() for name in names}
-            main = [f"{known[n]} than {n}" if known[n] != EVEN else f"{EVEN} from {n}" for n in _CONTROLS if n in known]
-            said.append(f"{own} are {', '.join(main)}" if main else f"{own} have no control")
-            continue
-        clauses = [f"{verdict} than {_listed(groups[verdict])}" for verdict in (CLEARER, LESS) if groups[verdict]]
-        if groups[EVEN]:
-            clauses.append(f"{EVEN} from {_listed(groups[EVEN])}")
-        if clauses:
-            said.append(f"{own} are {', '.join(clauses)}")
-        pixel = [c for c in result.comparisons() if (c.own, c.encoder) == (own, PIXELS)]
-        if own == CONCEPTS and pixel:
-            clearer = sum(c.verdict == CLEARER for c in pixel)
-            said[-1] += f" (to colours and edges alone clearer in {clearer} of {len(pixel)} comparisons)"
-    rest = result.rest.get(CONCEPTS)
-    left = "" if rest is None else f", with {rest:.0%} of the layer's variance outside all concepts"
-    return f"in {result.layer} ({result.tokens}) {', and '.join(said) or 'there is nothing to compare'}{left}"
-
-
-def _listed(names: list[str]) -> str:
-    """Sparse autoencoders and transcoders, of which there are many, by their number."""
-    coders = [n for n in names if " SAE " in n or " transcoder" in n]
-    few = [n for n in names if n not in coders] if len(coders) > 1 else list(names)
-    if len(coders) > 1:
-        few.append(f"{len(coders)} of the sparse coders")
-    return few[0] if len(few) == 1 else f"{', '.join(few[:-1])} and {few[-1]}"

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -13,35 +14,34 @@ from torch import Tensor
 
 from elude_runtime.analysis.model import EludeModel, load
 from elude_runtime.analysis.split_state import SplitState
-from elude_runtime.errors import ImagesError
+from elude_runtime.errors import EludeError, ImagesError, SettingsError
 from elude_runtime.network.tail import record_layers
 from elude_runtime.network.tokens import TYPE_NAMES
-from elude_runtime.offline.evaluation.baselines import baseline_sets
+from elude_runtime.offline.evaluation.class_groups import ClassGroup, GroupImages, class_groups, group_images
 from elude_runtime.offline.evaluation.embeddings import Embeddings
 from elude_runtime.offline.evaluation.encoders import PIXELS, Encoder, PixelEncoder, TimmEncoder, refuse_evaluated
 from elude_runtime.offline.evaluation.estimates import image_halves
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
+from elude_runtime.offline.evaluation.fidelity import TopKept, measure_fidelity
 from elude_runtime.offline.evaluation.images import (
     ImageSplit,
     calibration_hashes,
     known_truth,
     layer_batches,
     split_images,
+    top_classes,
 )
-from elude_runtime.offline.evaluation.interventions import Effects, measure_effects
+from elude_runtime.offline.evaluation.known_properties import choosing_half, known_properties, property_auc
+from elude_runtime.offline.evaluation.layer_effects import layer_effects
+from elude_runtime.offline.evaluation.layer_sets import layer_sets, scored_neurons
 from elude_runtime.offline.evaluation.options import EvaluateOptions, run_facts
-from elude_runtime.offline.evaluation.own_sets import CONCEPTS, RANDOM_CONCEPTS, SUBUNITS, own_sets, own_split
+from elude_runtime.offline.evaluation.random_network import random_network, random_scores
 from elude_runtime.offline.evaluation.result import Evaluation, LayerResult
-from elude_runtime.offline.evaluation.scores import Judge, score_set
+from elude_runtime.offline.evaluation.scores import Judge, SetScores
+from elude_runtime.offline.evaluation.scoring import Scoring
 from elude_runtime.offline.evaluation.stability import compare_halves, rewritten_halves
-from elude_runtime.offline.evaluation.tokens import PeakStream, TokenReader, TokenSample
+from elude_runtime.offline.evaluation.tokens import TokenReader, TokenSample
 from elude_runtime.offline.images import ImageSource, Progress
-from elude_runtime.partition.sums import full_width, neuron_groups
-
-_HELD_OUT = 6000  # tokens of the scoring images that correlations are taken over
-_LEVELS = 8_000  # calibration tokens that levels of activations are taken from
-_LOGITS = 100_000_000  # numbers: of a larger table the control that reads the logits is left out
-_INTERVENED = ("hidden", "pca", "groups", "kmeans", "sae")
 
 
 def evaluate(
@@ -58,6 +58,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     trust_factory: bool = False,
     truth: Mapping[str, Collection[str]] | None = None,
+    groups: Mapping[str, Sequence[int | str]] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score the features of a checkpoint, and all baselines and controls, on the same layers, tokens and images.
@@ -65,7 +66,8 @@ def evaluate(
     images: a folder (or what `ImageSource` takes) of which half is scored, or all where `calibration` brings images to
     train baselines on. Images that the checkpoint or a baseline was calibrated on are never scored. The pixel encoder
     is always among the encoders. truth: known properties, {property: names of the files that have it}; the feature that
-    tells each best is chosen on half of the scoring images and reported on the others.
+    tells each best is chosen on half of the scoring images and reported on the others. groups: of classes, by index or
+    label, that are steered against all others, on at most 2 * `effect_images` images of each.
 
     EncoderError for an encoder that is the evaluated model, ImagesError when fewer than 50 images can be scored,
     CheckpointError, LayerError or SettingsError for what was asked.
@@ -85,14 +87,18 @@ def evaluate(
         for i, n in ((images, limit), (calibration, None))
     )
     assert given is not None
+    asked = _asked_groups(model, groups, options) if groups else []
     split = split_images(given, own, calibration_hashes(directory), options.seed, report)
     with tempfile.TemporaryDirectory() as folder:
         split, places, embeddings = _embed(model, split, judges, Path(folder), report)
         halves = image_halves(len(places), options.draws, options.seed)
         run = _Run(model, split, places, embeddings, options, halves, report)
-        run.truth = known_truth(split.scoring, places, truth or {})
+        run.truth = known_truth(split.scoring, places, truth or {}, run.choosing)
+        run.choose_images(asked)
         if options.stability:
             run.rewrite_halves(names, Path(folder))
+        if options.random_network:
+            run.rewrite_random(names, Path(folder))
         found = [result for name in names for result in run.layer(name)]
     return Evaluation(
         run_facts(directory, model, split, judges, options, time.perf_counter() - start), found, options.draws,
@@ -120,6 +126,18 @@ def _embed(
     return replace(split, scoring=split.scoring.at(read)), read, found
 
 
+def _asked_groups(
+    model: EludeModel, groups: Mapping[str, Sequence[int | str]], options: EvaluateOptions
+) -> list[ClassGroup]:
+    """Refused before the work, not after it."""
+    if model.manifest.output != "logits" or not options.effect_images:
+        raise SettingsError("Class groups need a model with classes, and at least one effect image.")
+    parameter = next(model.base.parameters())
+    with model.lock, torch.no_grad():
+        size = model.base(parameter.new_zeros(1, *model.data_config.input_size)).shape[-1]
+    return class_groups(groups, model.manifest.labels, size)
+
+
 class _Run:
     """What all layers share."""
 
@@ -130,53 +148,89 @@ class _Run:
         self.model, self.split, self.places, self.embeddings = model, split, places, embeddings
         self.options, self.halves, self.report = options, halves, report
         self.warnings: list[str] = []
+        self.choosing = choosing_half(len(places), options.seed)
         self.truth: dict[str, Tensor] = {}
+        self.groups: list[GroupImages] = []
         self.rewritten: tuple[EludeModel, EludeModel] | None = None
+        self.random: EludeModel | None = None
+
+    def choose_images(self, asked: Sequence[ClassGroup]) -> None:
+        """Of every class group, those images that the model puts there."""
+        if asked:
+            places, tops = top_classes(self.model, self.split.scoring, self.report)
+            count, seed = self.options.effect_images, self.options.seed
+            self.groups, short = group_images(asked, tops, places, count, seed)
+            self.warnings += short
 
     def rewrite_halves(self, layers: Sequence[str], folder: Path) -> None:
         """The base model rewritten from two halves of the calibration images."""
-        places = torch.cat([batch.places for batch in self.split.calibration.numbered()])
         source = self.split.calibration
-        self.rewritten = rewritten_halves(self.model, layers, source, places, folder, self.report)
+        self.rewritten = rewritten_halves(self.model, layers, source, self._calibration, folder, self.report)
+
+    def rewrite_random(self, layers: Sequence[str], folder: Path) -> None:
+        """The same architecture with random weights rewritten, where that is possible."""
+        source, seed = self.split.calibration, self.options.seed
+        try:
+            self.random = random_network(self.model, layers, source, self._calibration, folder, seed, self.report)
+        except EludeError as error:
+            self.warnings.append(f"The control with random weights is left out: {error}")
+
+    @cached_property
+    def _calibration(self) -> Tensor:
+        """int64: places of the calibration images that can be read."""
+        return torch.cat([batch.places for batch in self.split.calibration.numbered()])
 
     def layer(self, name: str) -> list[LayerResult]:
         """Every live token type of one layer: one pass over the calibration images, one over the scoring ones."""
         state = self.model.state(name)
         samples, logits = self._calibrate(state)
-        sets = {t: self._sets(state, t, samples[t], logits) for t in state.live_types}
+        sets = {
+            t: layer_sets(self.model, state, t, sample, logits, self.options, self.report)
+            for t, sample in samples.items()
+        }
         count = len(self.places)
-        streams = {t: PeakStream(TokenReader(state, t), made, count) for t, (made, _) in sets.items()}
-        held = {t: TokenSample(TokenReader(state, t), count, self.options.seed + 1, _HELD_OUT) for t in sets}
+        scorings = {t: Scoring(TokenReader(state, t), made, count, self.options.seed) for t, (made, _) in sets.items()}
         for _, x in layer_batches(self.model, name, self.split.scoring, self.report, f"scoring {name}"):
-            for t, stream in streams.items():
-                stream.add(x)
-                held[t].add(x)
+            for scoring in scorings.values():
+                scoring.add(x)
+        grids = {t: state.layout.grid if t == 0 else None for t in sets}
+        judging = {t: [Judge.of(one, grid, self.options.seed) for one in self.embeddings] for t, grid in grids.items()}
+        beside = self._beside(name, judging)
         found = []
         for t, (made, rest) in sets.items():
-            grid = state.layout.grid if t == 0 else None
-            judges = [Judge.of(one, grid, self.options.seed) for one in self.embeddings]
-            inputs, tokens = samples[t].inputs(), held[t].inputs()
-            levels = inputs[:: max(1, len(inputs) // _LEVELS)]
-            scores, means = [], []
-            for one, peaks in zip(made, streams[t].peaks, strict=True):
-                activations = one.activations(levels)
-                means.append(activations.mean(0))
-                scores.append(
-                    score_set(
-                        one, peaks, activations, one.activations(tokens), judges, self.halves, self.options.seed,
-                        self.truth,
-                    )
-                )  # fmt: skip
-                self.report(f"scores {name} {TYPE_NAMES[t]}", 1, len(made))
-            effects = self._effects(state, t, made, means)
+            judges, scoring, inputs = judging[t], scorings[t], samples[t].inputs()
+            if len(inputs) < 1000:
+                few = f"{name} has {len(inputs)} calibration tokens of type {TYPE_NAMES[t]} here"
+                self.warnings.append(f"{few}; baselines trained on so few say little, give more images.")
+            aucs = [property_auc(peaks, self.truth, self.choosing) for peaks in scoring.peaks]
+            done = partial(self.report, f"scores {name} {TYPE_NAMES[t]}", 1, len(made))
+            scores, means = scoring.scores(inputs, judges, self.halves, aucs, done)
+            for one, kept in zip(scores, self._fidelity(state, t, made), strict=True):
+                one.top1_kept = kept
+            scores += beside.get(t, [])
+            effects = layer_effects(
+                self.model, TokenReader(state, t), made, means, inputs, self.split.scoring, self.places, self.groups,
+                self.options, self.report,
+            )  # fmt: skip
+            properties = None
+            if self.truth:
+                properties = known_properties(
+                    made, scoring.peaks, aucs, self.truth, self.choosing, self.options.draws, self.options.seed
+                )
             stability = {}
             if self.rewritten:
-                neurons = self._neurons(state)
+                neurons = scored_neurons(state, self.options)
+                tokens = scoring.held_out()
                 stability = compare_halves(self.rewritten, name, t, inputs, tokens, neurons, self.options.seed)
-            found.append(LayerResult(name, t, len(inputs), rest, judges, scores, effects, stability))
+            found.append(
+                LayerResult(
+                    name, t, len(inputs), rest, judges, scores, effects.taken_out, stability, effects.agreement,
+                    self.groups, effects.steering, properties,
+                )
+            )  # fmt: skip
         return found
 
-    def _calibrate(self, state: SplitState) -> tuple[dict[int, TokenSample], Tensor | None]:
+    def _calibrate(self, state: SplitState) -> tuple[dict[int, TokenSample], Tensor]:
         """Token samples of every live type, and the logits of every calibration image [N, C]."""
         source = self.split.calibration
         count = source.count or 0
@@ -201,65 +255,24 @@ class _Run:
             raise ImagesError("None of the images to calibrate on could be read; give others.")
         return samples, torch.cat(logits)
 
-    def _neurons(self, state: SplitState) -> Tensor:
-        """int64, ascending: those whose sub-units are scored."""
-        generator = torch.Generator().manual_seed(self.options.seed)
-        return torch.randperm(state.linear.neurons, generator=generator)[: self.options.neurons].sort().values
-
-    def _sets(
-        self, state: SplitState, token_type: int, sample: TokenSample, logits: Tensor | None
-    ) -> tuple[list[FeatureSet], dict[str, float]]:
-        """All feature sets of one token type, and what of the output's variance is in `rest`."""
-        inputs, options = sample.inputs(), self.options
-        neurons = self._neurons(state)
-        split = own_split(state, token_type, inputs)
-        made = own_sets(split, neurons, inputs, options.seed)
-        if options.baselines is not None:
-            weight = full_width(split.weight, neuron_groups(len(split.weight), split.groups), split.groups)
-            concepts = split.partition.concepts(0) or max(2, len(split.weight) // 2)
-            per_token = None
-            if logits is not None and len(inputs) * logits.shape[1] <= _LOGITS:
-                per_token = (
-                    logits.repeat_interleave(sample.each, 0) if len(logits) * sample.each == len(inputs) else None
-                )
-            made += baseline_sets(
-                inputs, weight.flatten(1), concepts=concepts, subunits=split.partition.subunits,
-                neurons=neurons.tolist(), logits=per_token, heads=_heads(self.model, state.name), seed=options.seed,
-                options=options.baselines, progress=self.report,
-            )  # fmt: skip
-        few = f"{state.name} has {len(inputs)} calibration tokens of type {TYPE_NAMES[token_type]} here"
-        if len(inputs) < 1000:
-            self.warnings.append(f"{few}; baselines trained on so few say little, give more images.")
-        made = [one for one in made if len(one.share)]
-        return made, {CONCEPTS: split.rest_share, SUBUNITS: split.rest_edges_share}
-
-    def _effects(
-        self, state: SplitState, token_type: int, sets: Sequence[FeatureSet], means: Sequence[Tensor]
-    ) -> list[Effects]:
-        """Faithfulness and steering, on some scoring images spread over all of them."""
-        count = min(self.options.effect_images, len(self.places))
-        if not count or self.model.manifest.output != "logits":
-            return []
-        wanted = [i for i, one in enumerate(sets) if _intervened(one)]
-        chosen = self.places[torch.linspace(0, len(self.places) - 1, count).round().long()]
-        return measure_effects(
-            self.model, TokenReader(state, token_type), [sets[i] for i in wanted], [means[i] for i in wanted],
-            self.split.scoring.at(chosen), self.report,
+    def _beside(self, layer: str, judges: Mapping[int, Sequence[Judge]]) -> dict[int, list[SetScores]]:
+        """{token type: scores in the network with random weights}, where there is one."""
+        if self.random is None:
+            return {}
+        neurons = scored_neurons(self.model.state(layer), self.options)
+        return random_scores(
+            self.random, layer, self.split, judges, neurons, self.halves, self.options,
+            self.truth, self.choosing, self.report,
         )  # fmt: skip
 
+    def _fidelity(self, state: SplitState, token_type: int, sets: Sequence[FeatureSet]) -> list[TopKept | None]:
+        """What is left of the top class with reconstructions in place, on scoring images spread over all of them."""
+        count = min(self.options.fidelity_images, len(self.places))
+        if not count or self.model.manifest.output != "logits":
+            return [None] * len(sets)
+        source = self.split.scoring.at(self._spread(count))
+        return measure_fidelity(self.model, TokenReader(state, token_type), sets, source, self.report)
 
-def _intervened(one: FeatureSet) -> bool:
-    """Sets that are taken out of the layer and steered by: those that divide the whole layer, one SAE of each size."""
-    if one.ablation is None:
-        return False
-    facts = one.facts
-    if facts.get("baseline") == "sae":
-        return (facts.get("kind"), facts.get("reads")) == ("TopK", "y")
-    return one.name in (CONCEPTS, RANDOM_CONCEPTS) or facts.get("baseline") in _INTERVENED
-
-
-def _heads(model: EludeModel, layer: str) -> int | None:
-    """The attention heads whose outputs a layer merges, where it is an attention's last projection."""
-    parent, _, own = layer.rpartition(".")
-    heads = getattr(dict(model.base.named_modules()).get(parent), "num_heads", None)
-    return heads if own == "proj" and isinstance(heads, int) and heads > 1 else None
+    def _spread(self, count: int) -> Tensor:
+        """int64: so many of the scoring images' places, spread over all of them."""
+        return self.places[torch.linspace(0, len(self.places) - 1, count).round().long()]

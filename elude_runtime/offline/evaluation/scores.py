@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from elude_runtime.offline.evaluation import metrics
-from elude_runtime.offline.evaluation.agreement import ConceptAuc, concept_auc, distinct_sets, near_duplicates
+from elude_runtime.offline.evaluation.agreement import ConceptAuc, distinct_sets, near_duplicates
 from elude_runtime.offline.evaluation.embeddings import Embeddings, TokenVectors
 from elude_runtime.offline.evaluation.estimates import Estimate, FeatureDraws, number
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
+from elude_runtime.offline.evaluation.fidelity import TopKept
+from elude_runtime.offline.evaluation.intruder import CHANCE, far_images, intruder_scores
 from elude_runtime.offline.evaluation.own_sets import NEURON_OF, siblings
 from elude_runtime.offline.evaluation.tokens import Peaks
 
-IMG, TOK, MS, MS_TOP = "img9", "tok9", "ms", "ms_top"
+IMG, TOK, MS, MS_TOP, INTRUDER = "img9", "tok9", "ms", "ms_top", "intruder"
 ENDS = ("positive", "negative")
 AVERAGES = ("weighted", "plain", *(f"{end}_{how}" for end in ENDS for how in ("weighted", "plain")))
 """`weighted` and `plain`: over both ends, by share of variance or all alike; the others of one end."""
@@ -62,13 +64,16 @@ class Clarity:
                 chance, ceiling = self.chance[metric], self.ceiling[metric]
                 scaled = metrics.normalised(figures["weighted"].value, chance, ceiling)
                 entry |= {"chance": number(chance), "ceiling": number(ceiling), "normalised": number(scaled)}
+            elif metric in self.chance:
+                entry["chance"] = number(self.chance[metric])
             found[metric] = entry
         return found
 
 
 @dataclass(eq=False)
 class SetScores:
-    """One feature set with everything measured of it. ends: bool [F, 2], which ends it has at all."""
+    """One feature set with everything measured of it. ends: bool [F, 2], which ends it has at all; top1_kept: with its
+    reconstruction in place, where it has one."""
 
     set: FeatureSet
     ends: Tensor
@@ -77,6 +82,7 @@ class SetScores:
     distinct: float
     auc: dict[str, ConceptAuc] = field(default_factory=dict)
     clarity: dict[str, Clarity] = field(default_factory=dict)
+    top1_kept: TopKept | None = None
 
     @property
     def name(self) -> str:
@@ -95,6 +101,7 @@ class SetScores:
             "distinct_exemplar_sets": number(self.distinct),
             "one_sided": int((self.ends.sum(1) == 1).sum()),
             "without_an_end": int((~self.ends).all(1).sum()),
+            "top1_kept": None if self.top1_kept is None else self.top1_kept.document(),
             "facts": facts,
             "auc": {name: {k: number(v) for k, v in vars(one).items()} for name, one in self.auc.items()},
             "clarity": {name: one.document() for name, one in self.clarity.items()},
@@ -116,28 +123,25 @@ def _plain(value: object) -> object:
 
 def score_set(
     one: FeatureSet, peaks: Peaks, calibration: Tensor, held_out: Tensor, judges: Sequence[Judge], halves: Tensor,
-    seed: int, truth: Mapping[str, Tensor] | None = None,
+    seed: int, auc: Mapping[str, ConceptAuc] | None = None,
 ) -> SetScores:  # fmt: skip
     """calibration, held_out [S, F]: activations at sampled tokens of the calibration and of the scoring images; halves
-    bool [N, draws + 1] from `image_halves`; truth: {property: bool [N], which images have it}, of which every other
-    image chooses the feature and the others report."""
+    bool [N, draws + 1] from `image_halves`; auc: how well the best feature tells each known property."""
     ends = ~metrics.flat_ends(calibration)
     live = metrics.live_features(peaks.high, peaks.low, metrics.thresholds(calibration))
     features, draws = len(one.share), halves.shape[1] - 1
     values, tokens = peaks.ends()
     ranked = torch.stack([metrics.ranked_images(v, min(_RANKED, len(v))) for v in values], 1)  # [F, 2, K]
     at = torch.stack([t.T.gather(1, ranked[:, e]) for e, t in enumerate(tokens)], 1)
+    far = torch.stack([far_images(v, ranked.shape[2], seed + e) for e, v in enumerate(values)], 1)
     best = ranked[:, :, : metrics.EXEMPLARS]
     distinct = distinct_sets(best[ends]) / max(1, int(ends.sum()))
-    found = SetScores(one, ends, live, near_duplicates(held_out), distinct)
+    found = SetScores(one, ends, live, near_duplicates(held_out), distinct, dict(auc or {}))
     drawn = FeatureDraws.of(one.name, features, draws, seed, siblings(one))
-    choosing = torch.arange(len(halves)) % 2 == 0
-    for name, has in (truth or {}).items():
-        found.auc[name] = concept_auc(peaks.high, peaks.low, has, choosing)
     weight = _weights(one.share, ends)
     for judge in judges:
         scores = {IMG: _exemplar_scores(lambda i, _, j=judge: j.images[i], ranked, at, halves)}  # type: ignore[misc]
-        chance = dict(judge.chance)
+        chance = {**judge.chance, INTRUDER: CHANCE}
         if judge.tokens is not None:
             scores[TOK] = _exemplar_scores(judge.tokens, ranked, at, halves)
             positions = at[:, :, : metrics.EXEMPLARS]
@@ -146,6 +150,7 @@ def score_set(
         plain = {
             MS: torch.stack([metrics.monosemanticity(v, judge.images) for v in values], 1),
             MS_TOP: torch.stack([metrics.monosemanticity(metrics.upper_part(v), judge.images) for v in values], 1),
+            INTRUDER: intruder_scores(judge.images, ranked, far, halves, ends, seed),
         }
         averages = {
             metric: {name: drawn.average(score, weight[name]) for name in AVERAGES}

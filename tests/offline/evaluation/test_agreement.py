@@ -43,11 +43,11 @@ def test_concept_auc_chooses_on_one_split_and_reports_on_the_other() -> None:
     choosing = torch.arange(80) < 40
     high, low = random(80, 6), random(80, 6, seed=1)
     low[:, 4] = -truth.float() * 5 + 0.1 * random(80, seed=2)  # its negative end tells
-    best = agreement.concept_auc(high, low, truth, choosing)
+    best = agreement.concept_auc(high, low, truth[None], choosing)[0]
     assert (best.feature, best.sign) == (4, -1) and best.chosen == best.reported == 1.0
     high[:, 2] = torch.where(choosing, truth * 9.0, random(80, seed=3))  # tells on the first split only
     low[:, 4] = random(80, seed=4)
-    lucky = agreement.concept_auc(high, low, truth, choosing)
+    lucky = agreement.concept_auc(high, low, truth[None], choosing)[0]
     assert (lucky.feature, lucky.sign, lucky.chosen) == (2, 1, 1.0) and lucky.reported < 0.8
 
 

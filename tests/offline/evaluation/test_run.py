@@ -37,11 +37,12 @@ from elude_runtime.offline.evaluation.options import EvaluateOptions
 from elude_runtime.offline.evaluation.own_sets import CONCEPTS, SUBUNITS
 from elude_runtime.offline.evaluation.result import CLEARER, EVEN, LESS, Evaluation
 from elude_runtime.offline.evaluation.run import evaluate
+from elude_runtime.offline.evaluation.statement import layer_sentences
 from elude_runtime.offline.images import ImageSource
 
 QUICK = EvaluateOptions(
     neurons=6, baselines=BaselineOptions(("hidden", "pca", "kmeans", "sae"), active=(2,), steps=20), draws=40,
-    effect_images=3, stability=False,
+    effect_images=3, stability=False, random_network=False, fidelity_images=20,
 )  # fmt: skip
 
 
@@ -125,7 +126,9 @@ class TestRefusals:
         with pytest.raises(LayerError):
             evaluate(vit.path, scored, [encoder()], QUICK, layers=["blocks.9"])
 
-    @pytest.mark.parametrize("wrong", [{"neurons": 0}, {"draws": 1}, {"effect_images": -1}, {"seed": -1}])
+    @pytest.mark.parametrize(
+        "wrong", [{"neurons": 0}, {"draws": 1}, {"effect_images": -1}, {"fidelity_images": -1}, {"seed": -1}]
+    )
     def test_settings(self, wrong: dict[str, Any]) -> None:
         with pytest.raises(SettingsError):
             EvaluateOptions(**wrong)
@@ -149,10 +152,10 @@ class TestResult:
             for one in result.sets:
                 assert one.clarity.keys() == {"conv", "pixels"}
                 for clarity in one.clarity.values():
-                    wanted = (
-                        {"img9", "tok9", "ms", "ms_top"} if result.tokens == "patches" else {"img9", "ms", "ms_top"}
-                    )
+                    wanted = {"img9", "ms", "ms_top", "intruder"} | ({"tok9"} if result.tokens == "patches" else set())
                     assert clarity.averages.keys() == wanted
+                    assert 0 <= clarity.averages["intruder"]["plain"].value <= 1
+                    assert clarity.document()["intruder"]["chance"] == 0.2  # type: ignore[index]
                     figure = clarity.averages["img9"]["weighted"]
                     low, high = figure.interval
                     assert -1 <= figure.value <= 1 and low < high
@@ -184,10 +187,21 @@ class TestResult:
         assert found["weighted_by_attribution"] == pytest.approx(expected, abs=1e-4)
         assert 0 <= (found["attribution_above_random"] or 0) <= 1
 
+    def test_the_top_class_with_reconstructions_in_place(self, evaluated: Evaluation) -> None:
+        for result in evaluated.layers:
+            kept = {s["name"]: s["top1_kept"] for s in result.document(40, 0)["sets"]}  # type: ignore[attr-defined]
+            for own in (CONCEPTS, SUBUNITS):
+                assert kept[own]["value"] == 1 and kept[own]["images"] == 20 and 0.8 < kept[own]["low"] < 0.9
+            coders = [value for name, value in kept.items() if "SAE" in name]
+            assert len(coders) >= 4 and all(0 <= value["value"] <= 1 for value in coders)
+            assert kept["hidden units"] is None and kept["k-means directions of x"] is None
+        first = evaluated.layers[0]
+        assert min(s.top1_kept.value for s in first.sets if s.top1_kept) < 1
+
     def test_comparisons(self, evaluated: Evaluation) -> None:
         result = evaluated.layers[0]
         comparisons = list(result.comparisons())
-        assert len(comparisons) == 2 * (len(result.sets) - 1) * 2 * 2
+        assert len(comparisons) == 2 * (len(result.sets) - 1) * 2 * 3
         first = comparisons[0]
         a, b = (result.named(n) for n in (first.own, first.other))
         assert a is not None and b is not None
@@ -221,6 +235,19 @@ class TestResult:
         for part in ("On 60 images", "to conv", SECOND, "outside all concepts", "says nothing about other images"):
             assert part in text
 
+    def test_the_statement_is_short_and_true(self, evaluated: Evaluation) -> None:
+        for layer in evaluated.layers:
+            said = layer_sentences(layer)
+            assert len(said) <= 4 and max(map(len, said)) < 260 and " ".join(said) in evaluated.statement
+            verdicts = layer.verdicts(CONCEPTS)
+            counts = [len(verdicts[v]) for v in (CLEARER, EVEN, LESS)]
+            assert f"clearer than {counts[0]}, not told apart from {counts[1]}, less clear than {counts[2]}" in said[0]
+            assert sum(counts) == len(layer.sets) - 1
+            for name, verdict in ((n, v) for v, names in verdicts.items() for n in names):
+                if name in ("random concepts", "hidden units"):
+                    clause = next(c for c in said[1].removesuffix(".").split("; ") if name in c)
+                    assert verdict in clause
+
     def test_the_files(self, vit: Rewritten, evaluated: Evaluation, tmp_path: Path) -> None:
         folder = tmp_path / "ckpt"
         shutil.copytree(vit.path, folder)
@@ -247,7 +274,9 @@ class TestTruth:
         peaks = vit.model.concepts(images, SECOND)[:, 1:, 2].amax(1)
         files = sorted(scored.iterdir())
         having = [files[i].name for i in peaks.topk(20).indices.tolist()]
-        options = EvaluateOptions(neurons=4, baselines=None, draws=5, effect_images=0, stability=False)
+        options = EvaluateOptions(
+            neurons=4, baselines=None, draws=5, effect_images=0, stability=False, random_network=False
+        )
         result = evaluate(
             vit.path, scored, [], options, calibration=vit.folder, layers=[SECOND],
             truth={"it": having, "other": having[:7]},
@@ -264,7 +293,9 @@ class TestTruth:
 class TestRuns:
     def test_the_same_seed_gives_the_same_figures(self, vit: Rewritten, scored: Path) -> None:
         def run(seed: int) -> list[Any]:
-            options = EvaluateOptions(neurons=4, baselines=None, draws=10, effect_images=2, stability=False, seed=seed)
+            options = EvaluateOptions(
+                neurons=4, baselines=None, draws=10, effect_images=2, stability=False, fidelity_images=5, seed=seed
+            )
             document = evaluate(
                 vit.path, scored, [encoder()], options, calibration=vit.folder, layers=[FIRST]
             ).document()
