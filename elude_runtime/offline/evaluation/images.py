@@ -121,7 +121,7 @@ def layer_batches(
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Every batch with a readable image, and the layer's input [B, ...] at it."""
     parameter = next(model.base.parameters())
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in source.numbered():
         if not len(batch.places):
             continue
@@ -129,7 +129,7 @@ def layer_batches(
             seen.clear()
             with suppress(StopForward):
                 model.base(batch.images.to(parameter.device, parameter.dtype))
-        yield batch, by_image(seen[layer], len(batch.places)).float()
+        yield batch, by_image(seen[layer][0], len(batch.places)).float()
         report(stage, len(batch.places), source.count)
 
 
