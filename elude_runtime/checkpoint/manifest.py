@@ -118,7 +118,9 @@ class Manifest(_Frozen):
 
 
 def canonical_json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """What digests are taken of. Half a surrogate pair, which JSON and YAML can spell, has its bytes too."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "surrogatepass")
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

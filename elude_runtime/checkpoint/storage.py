@@ -158,7 +158,9 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_file(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    # what UTF-8 has no bytes for, half a surrogate pair, becomes its JSON escape
+    write_file(path, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:

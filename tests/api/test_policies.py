@@ -259,6 +259,14 @@ class TestAudit:
         other = policy(LOUD, strength_multiplier=3.0, description="ä")
         assert policy_sha256(stored, {}) != policy_sha256(other, {})
 
+    def test_a_description_that_no_utf8_can_spell_has_a_digest(
+        self, checkpoint: Path, policy: Callable[..., Document]
+    ) -> None:
+        """JSON and YAML can write half a surrogate pair."""
+        save_policy(checkpoint, "loud", policy(LOUD, description="\ud800"))
+        rule = open_(checkpoint).policies.rules["loud"]
+        assert rule.sha256 != policy_sha256(policy(LOUD, description="\ud801"), {})
+
     def test_the_digest_covers_the_vectors_that_are_named(
         self, vit: Rewritten, policy: Callable[..., Document]
     ) -> None:
