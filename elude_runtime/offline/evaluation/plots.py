@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from elude_runtime.offline.evaluation.result import Evaluation, LayerResult
+    from elude_runtime.offline.evaluation.result import LayerResult
 
 _COLOURS = ("#0b5fa5", "#d9822b", "#5b8c5a", "#8e5ea2")  # told apart in print and by colour-blind readers
 _GREY = "#8a8a8a"
@@ -53,15 +53,15 @@ def need_matplotlib() -> None:
         )
 
 
-def draw(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """All plots of an evaluation into a folder; the files. EludeError without matplotlib."""
+def draw(layers: Sequence[LayerResult], folder: Path) -> list[Path]:
+    """All plots of an evaluation's layers into a folder; the files. EludeError without matplotlib."""
     need_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 
     files = []
     with matplotlib.rc_context(_STYLE):
-        for result in evaluation.layers:
+        for result in layers:
             stem = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{result.layer}.{result.tokens}")
             for name, make in _plots(result):
                 figure = Figure(layout="constrained")

@@ -1,18 +1,13 @@
-"""The result of an evaluation: figures with intervals, comparisons, the sentence that sums them up, the files."""
+"""What an evaluation found in one layer and token type: figures with intervals, and comparisons."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from elude_runtime.checkpoint.storage import storage_error, write_json
 from elude_runtime.network.tokens import TYPE_NAMES
 from elude_runtime.offline.evaluation.attribution_effects import EffectRow
 from elude_runtime.offline.evaluation.class_groups import GroupImages
@@ -24,7 +19,6 @@ from elude_runtime.offline.evaluation.known_properties import KnownProperties
 from elude_runtime.offline.evaluation.own_sets import OWN, RANDOM_CONCEPTS
 from elude_runtime.offline.evaluation.scores import IMG, INTRUDER, TOK, Judge, SetScores
 
-FILE, FOLDER = "evaluation.json", "evaluation"
 CLEARER, LESS, EVEN = "clearer", "less clear", "not told apart"
 
 
@@ -146,53 +140,3 @@ class LayerResult:
             "known_properties": self.properties and self.properties.document(),
             "stability": self.stability,
         }
-
-
-@dataclass(eq=False)
-class Evaluation:
-    """What `evaluate` found. facts: environment, settings, images, encoders, checkpoint; warnings: a sentence each."""
-
-    facts: dict[str, Any]
-    layers: list[LayerResult]
-    draws: int
-    seed: int
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def statement(self) -> str:
-        """What the run shows and what it does not."""
-        from elude_runtime.offline.evaluation.statement import statement
-
-        return statement(self)
-
-    def document(self) -> dict[str, Any]:
-        return {
-            "format_version": 1,
-            "statement": self.statement,
-            **self.facts,
-            "warnings": self.warnings,
-            "layers": [layer.document(self.draws, self.seed) for layer in self.layers],
-        }
-
-    def write(self, checkpoint: Path) -> list[Path]:
-        """`evaluation.json` and the plots in `evaluation/`, each whole or not at all; the files written. StorageError
-        where the disk refuses."""
-        from elude_runtime.offline.evaluation.plots import draw
-
-        folder = checkpoint / FOLDER
-        try:
-            work = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", suffix=".part", dir=checkpoint))
-        except OSError as error:
-            raise storage_error(error, folder) from error
-        try:
-            names = [path.name for path in draw(self, work)]
-            work.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(work, folder)
-        except OSError as error:
-            raise storage_error(error, folder) from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        write_json(checkpoint / FILE, self.document())
-        return [checkpoint / FILE, *(folder / name for name in names)]

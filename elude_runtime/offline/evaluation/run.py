@@ -21,6 +21,7 @@ from elude_runtime.offline.evaluation.class_groups import ClassGroup, GroupImage
 from elude_runtime.offline.evaluation.embeddings import Embeddings
 from elude_runtime.offline.evaluation.encoders import PIXELS, Encoder, PixelEncoder, TimmEncoder, refuse_evaluated
 from elude_runtime.offline.evaluation.estimates import image_halves
+from elude_runtime.offline.evaluation.evaluation import Evaluation
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
 from elude_runtime.offline.evaluation.fidelity import TopKept, measure_fidelity
 from elude_runtime.offline.evaluation.images import (
@@ -36,7 +37,7 @@ from elude_runtime.offline.evaluation.layer_effects import layer_effects
 from elude_runtime.offline.evaluation.layer_sets import layer_sets, scored_neurons
 from elude_runtime.offline.evaluation.options import EvaluateOptions, run_facts
 from elude_runtime.offline.evaluation.random_network import random_network, random_scores
-from elude_runtime.offline.evaluation.result import Evaluation, LayerResult
+from elude_runtime.offline.evaluation.result import LayerResult
 from elude_runtime.offline.evaluation.scores import Judge, SetScores
 from elude_runtime.offline.evaluation.scoring import Scoring
 from elude_runtime.offline.evaluation.stability import compare_halves, rewritten_halves

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from elude_runtime.offline.evaluation.encoders import PIXELS
 from elude_runtime.offline.evaluation.own_sets import (
     CONCEPTS,
@@ -13,7 +16,7 @@ from elude_runtime.offline.evaluation.own_sets import (
     SUBUNITS,
     SUBUNITS_RANDOM_WEIGHTS,
 )
-from elude_runtime.offline.evaluation.result import CLEARER, EVEN, LESS, Evaluation, LayerResult
+from elude_runtime.offline.evaluation.result import CLEARER, EVEN, LESS, LayerResult
 from elude_runtime.offline.evaluation.scores import INTRUDER
 
 _PLAIN = ("hidden units", "k-means directions of x")
@@ -24,16 +27,15 @@ _CONTROLS = {
 _SAID = {CLEARER: "clearer than", EVEN: "not told apart from", LESS: "less clear than"}
 
 
-def statement(evaluation: Evaluation) -> str:
+def statement(facts: Mapping[str, Any], layers: Sequence[LayerResult]) -> str:
     """A frame, a line of sentences for each layer, and what none of them says."""
-    facts = evaluation.facts
     encoders = [e["name"] for e in facts["encoders"] if e["name"] != PIXELS]
     seen = f"to {' and '.join(encoders)}" if encoders else "to colours and edges alone"
     return "\n".join(
         [
             f"On {facts['images']['scored']} images that calibrated nothing, {seen}, by 95 % intervals of paired "
             "differences, weighted by share of variance over both ends:",
-            *(" ".join(layer_sentences(layer)) for layer in evaluation.layers),
+            *(" ".join(layer_sentences(layer)) for layer in layers),
             "This says nothing about other images, layers or encoders, and clear to an encoder is not yet meaningful "
             "to people.",
         ]

@@ -15,6 +15,7 @@ from elude_runtime.errors import ModelError
 from elude_runtime.offline.evaluation import random_network as module
 from elude_runtime.offline.evaluation import run as run_module
 from elude_runtime.offline.evaluation.encoders import PixelEncoder
+from elude_runtime.offline.evaluation.evaluation import Evaluation
 from elude_runtime.offline.evaluation.options import EvaluateOptions
 from elude_runtime.offline.evaluation.own_sets import (
     CONCEPTS,
@@ -22,7 +23,6 @@ from elude_runtime.offline.evaluation.own_sets import (
     SUBUNITS,
     SUBUNITS_RANDOM_WEIGHTS,
 )
-from elude_runtime.offline.evaluation.result import Evaluation
 from elude_runtime.offline.evaluation.run import evaluate
 from elude_runtime.offline.images import ImageSource
 

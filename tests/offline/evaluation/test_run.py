@@ -32,10 +32,11 @@ from elude_runtime.errors import ImagesError, LayerError, SettingsError
 from elude_runtime.offline.evaluation.baselines import BaselineOptions
 from elude_runtime.offline.evaluation.encoders import EncoderError, TimmEncoder
 from elude_runtime.offline.evaluation.estimates import Estimate
+from elude_runtime.offline.evaluation.evaluation import Evaluation
 from elude_runtime.offline.evaluation.images import calibration_hashes, split_images
 from elude_runtime.offline.evaluation.options import EvaluateOptions
 from elude_runtime.offline.evaluation.own_sets import CONCEPTS, SUBUNITS
-from elude_runtime.offline.evaluation.result import CLEARER, EVEN, LESS, Evaluation
+from elude_runtime.offline.evaluation.result import CLEARER, EVEN, LESS
 from elude_runtime.offline.evaluation.run import evaluate
 from elude_runtime.offline.evaluation.statement import layer_sentences
 from elude_runtime.offline.images import ImageSource
