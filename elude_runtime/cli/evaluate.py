@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from elude_runtime.offline.evaluation.encoders import Encoder
     from elude_runtime.offline.evaluation.estimates import Estimate
     from elude_runtime.offline.evaluation.evaluation import Evaluation
-from elude_runtime.offline.evaluation.result import LayerResult
+    from elude_runtime.offline.evaluation.result import LayerResult
 
 
 def evaluate(
