@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from elude_runtime.cli import model_options as options
-from elude_runtime.cli.evaluate_effects import figure, print_effects, print_properties
+from elude_runtime.cli.evaluate_effects import figure, print_effects, print_properties, table_of
 from elude_runtime.cli.progress import console, printer, stages
 
 if TYPE_CHECKING:
@@ -185,12 +184,9 @@ def _print_layer(layer: LayerResult) -> None:
     screen = printer()
     screen.print(f"\n[bold]{layer.layer}[/], {layer.tokens}, {layer.calibration_tokens} calibration tokens")
     columns = [(j.name, m) for j in layer.judges for m in j.ceiling]
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
     judged = [j.name for j in layer.judges if j.name != PIXELS] or [PIXELS]
-    table.add_column("features", vertical="bottom", no_wrap=True)
     headings = ("", "lossless", "top-1\nkept", "live", "dup.", *(f"{j}\n{m}" for j, m in columns))
-    for heading in (*headings, *(f"{j}\nintruder" for j in judged)):
-        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+    table = table_of("features", *headings, *(f"{j}\nintruder" for j in judged))
     first = layer.judges[0].name
     for one in sorted(layer.sets, key=lambda s: -_sortable(s.clarity[first].averages["img9"]["weighted"])):
         fvu = one.set.facts.get("fvu_output")

@@ -40,7 +40,8 @@ def figure(estimate: Estimate, digits: int = 3) -> str:
     return f"{estimate.value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _table(first: str, *headings: str) -> Table:
+def table_of(first: str, *headings: str) -> Table:
+    """An empty table without lines: names on the left, figures on the right of their columns."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(first, vertical="bottom", no_wrap=True)
     for heading in headings:
@@ -49,7 +50,7 @@ def _table(first: str, *headings: str) -> Table:
 
 
 def _print_taken_out(layer: LayerResult) -> None:
-    table = _table("taken out and steered", *_TAKEN_OUT.values())
+    table = table_of("taken out and steered", *_TAKEN_OUT.values())
     for one in layer.effects:
         if one.side:
             figures = one.figures(_DRAWS, 0)
@@ -62,7 +63,7 @@ def _print_agreement(layer: LayerResult) -> None:
 
     columns = ("top", "random")
     headings = [f"{kind} {TOP}\n{name}" for kind in columns for name in ("Spearman", "slope")]
-    table = _table("attribution against true effect", *headings)
+    table = table_of("attribution against true effect", *headings)
     rows = {(r.features, r.level, r.method, r.set): r for r in layer.agreement}
     for features, level, method in dict.fromkeys(key[:3] for key in rows):
         found = [rows[features, level, method, kind] for kind in columns]
@@ -88,7 +89,7 @@ def _print_steering(layer: LayerResult) -> None:
         screen.print("No class group is ahead of the others, on average, in an image to choose features on.")
         return
     images = ", ".join(f"{g} {len(layer.steering[0].side[AT_DROP][g])}" for g in groups)
-    table = _table("side effect of steering class groups", "at equal\ndrop", "at equal\nnorm", *groups)
+    table = table_of("side effect of steering class groups", "at equal\ndrop", "at equal\nnorm", *groups)
     for one in layer.steering:
         table.add_row(
             one.name, _steered(one, AT_DROP), _steered(one, AT_NORM),
@@ -120,7 +121,7 @@ def print_properties(found: KnownProperties) -> None:
     screen = printer()
     sets = ", ".join(f"{name} {mean:.3f}" for name, mean in sorted(found.means.items(), key=lambda kv: -kv[1])[:5])
     screen.print(f"mean AUC over the known properties, best sets: {sets}")
-    table = _table("best feature of each property", "of", "mean AUC")
+    table = table_of("best feature of each property", "of", "mean AUC")
     for one in found.contenders.values():
         table.add_row(f"{one.name}  ({', '.join(one.sets)})", str(one.features), f"{one.mean:.3f}")
     screen.print(table)

@@ -26,6 +26,7 @@ from elude_runtime.analysis.model import EludeModel
 from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.analysis.targets import Target
 from elude_runtime.network.tail import Recording
+from elude_runtime.offline.evaluation.images import layer_recordings
 from elude_runtime.offline.images import ImageSource, Progress
 
 STEPS = {GRADIENT: None, INTEGRATED: ExplainOptions().steps}
@@ -200,12 +201,7 @@ def measure_agreement(
     partitions = {OWN: model.states, RANDOM: {**model.states, layer: random_state}}
     draws = {name: random.Random(seed) for name in partitions}
     found: dict[tuple[str, str, str, str], list[Agreement]] = {}
-    parameter = next(model.base.parameters())
-    for batch in source.numbered():
-        if not len(batch.places):
-            continue
-        with torch.inference_mode(False):
-            recording = model.record(batch.images.to(parameter.device, parameter.dtype), [layer])
+    for recording in layer_recordings(model, layer, source, report, f"attribution: {layer}"):
         targets = [Target(int(index)) for index in recording.logits.argmax(-1)]
         for name, states in partitions.items():
             agreements = layer_agreements(
@@ -213,7 +209,6 @@ def measure_agreement(
             )
             for key, by_image in agreements.items():
                 found.setdefault((name, *key), []).extend(by_image)
-        report(f"attribution: {layer}", len(batch.places), source.count)
     return [
         EffectRow(*key, Summary.of([a.spearman for a in by_image]), Summary.of([a.slope for a in by_image]))
         for key, by_image in found.items()

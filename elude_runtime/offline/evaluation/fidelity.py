@@ -11,6 +11,7 @@ from torch import Tensor
 from elude_runtime.analysis.model import EludeModel
 from elude_runtime.offline.evaluation.estimates import number
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
+from elude_runtime.offline.evaluation.images import layer_recordings
 from elude_runtime.offline.evaluation.tokens import TokenReader
 from elude_runtime.offline.images import ImageSource, Progress
 
@@ -51,12 +52,8 @@ def measure_fidelity(
     reader's type, through the tail of the layer; the lossless sets by the same way as the lossy ones."""
     found = [None if one.reconstruct is None else TopKept() for one in sets]
     state = reader.state
-    for batch in source.numbered():
-        if not len(batch.places):
-            continue
-        parameter = next(model.base.parameters())
-        with torch.inference_mode(False), torch.no_grad():
-            recording = model.record(batch.images.to(parameter.device, parameter.dtype), [state.name])
+    with torch.inference_mode(False), torch.no_grad():
+        for recording in layer_recordings(model, state.name, source, report, f"fidelity: {state.name}"):
             reads = torch.cat([part for _, part in reader.read(recording.x[state.name])])
             y = recording.y[state.name]
             given = (state.linear.tokens(y.float())[:, reader.span] - state.linear.bias()).cpu()
@@ -70,7 +67,6 @@ def measure_fidelity(
                     logits = model.tails.run(recording, state.name, state.changed(y, change.to(y.device)), rows)
                 kept.kept += int((logits.argmax(1) == top).sum())
                 kept.images += len(y)
-        report(f"fidelity: {state.name}", len(batch.places), source.count)
     return found
 
 

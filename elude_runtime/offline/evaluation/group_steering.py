@@ -18,6 +18,7 @@ from elude_runtime.network.tail import Recording
 from elude_runtime.offline.evaluation.class_groups import ClassGroup, GroupImages
 from elude_runtime.offline.evaluation.estimates import LEVEL, Estimate, number
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
+from elude_runtime.offline.evaluation.images import layer_recordings
 from elude_runtime.offline.evaluation.interventions import NORM
 from elude_runtime.offline.evaluation.own_sets import CONCEPTS
 from elude_runtime.offline.evaluation.removal import (
@@ -183,15 +184,11 @@ def steer_groups(
 def _images(
     model: EludeModel, reader: TokenReader, group: ClassGroup, source: ImageSource, report: Progress
 ) -> Iterator[tuple[Recording, RecordedImage]]:
-    layer, parameter = reader.state.name, next(model.base.parameters())
-    for batch in source.numbered():
-        if not len(batch.places):
-            continue
+    layer = reader.state.name
+    for recording in layer_recordings(model, layer, source, report, f"steering {group.name}: {layer}"):
         with torch.inference_mode(False):
-            recording = model.record(batch.images.to(parameter.device, parameter.dtype), [layer])
-            found = recorded_images(model, reader, recording, [group.target] * len(batch.places), every=True)
+            found = recorded_images(model, reader, recording, [group.target] * len(recording.logits), every=True)
         yield from ((recording, image) for image in found if image.value > 0)
-        report(f"steering {group.name}: {layer}", len(batch.places), source.count)
 
 
 def _side_effects(

@@ -14,6 +14,7 @@ from torch import Tensor
 from elude_runtime.analysis.model import EludeModel
 from elude_runtime.checkpoint.storage import CALIBRATION_TENSOR, TENSORS
 from elude_runtime.errors import ImagesError, SettingsError
+from elude_runtime.network.tail import Recording
 from elude_runtime.network.tokens import by_image
 from elude_runtime.offline.collect import StopForward, layer_inputs
 from elude_runtime.offline.image_loading import HASH_BYTES
@@ -131,6 +132,24 @@ def layer_batches(
                 model.base(batch.images.to(parameter.device, parameter.dtype))
         yield batch, by_image(seen[layer][0], len(batch.places)).float()
         report(stage, len(batch.places), source.count)
+
+
+def spread_places(places: Tensor, count: int) -> Tensor:
+    """int64: at most `count` of the places [N], the first and the last among them, the others evenly between."""
+    return places[torch.linspace(0, len(places) - 1, min(count, len(places))).round().long()]
+
+
+def layer_recordings(
+    model: EludeModel, layer: str, source: ImageSource, report: Progress, stage: str
+) -> Iterator[Recording]:
+    """The recorded pass of every batch with a readable image, fit for gradients even in inference mode."""
+    parameter = next(model.base.parameters())
+    for batch in source.numbered():
+        if len(batch.places):
+            with torch.inference_mode(False):
+                recording = model.record(batch.images.to(parameter.device, parameter.dtype), [layer])
+            yield recording
+            report(stage, len(batch.places), source.count)
 
 
 def top_classes(model: EludeModel, source: ImageSource, report: Progress) -> tuple[Tensor, Tensor]:

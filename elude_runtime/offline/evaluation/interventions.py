@@ -18,6 +18,7 @@ from elude_runtime.analysis.targets import Target
 from elude_runtime.network.tail import Recording
 from elude_runtime.offline.evaluation.estimates import Estimate, number
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
+from elude_runtime.offline.evaluation.images import layer_recordings
 from elude_runtime.offline.evaluation.removal import (
     SCALES,
     RecordedImage,
@@ -63,7 +64,7 @@ class Effects:
         }
 
     def figures(self, draws: int, seed: int) -> dict[str, Estimate]:
-        """Means over images with bootstrap draws of the images, the same in every set."""
+        """Medians over images with bootstrap draws of the images, the same in every set."""
         values = {f"{k}_area": v for k, v in self.areas().items()}
         values |= {"side_effect": np.array(self.side), "drop_per_side_effect": np.array(self.per_norm)}
         return {name: _median(v, draws, seed) for name, v in values.items()}
@@ -93,17 +94,12 @@ def measure_effects(
     calibration tokens. Images to whose target the layer gives nothing take no part."""
     found = [Effects(one.name, torch.zeros(len(one.share))) for one in sets]
     layer = reader.state.name
-    for batch in source.numbered():
-        if not len(batch.places):
-            continue
-        parameter = next(model.base.parameters())
-        with torch.inference_mode(False):
-            recording = model.record(batch.images.to(parameter.device, parameter.dtype), [layer])
+    with torch.inference_mode(False):
+        for recording in layer_recordings(model, layer, source, report, f"effects: {layer}"):
             targets = [Target(int(logits.argmax())) for logits in recording.logits]
             for image in recorded_images(model, reader, recording, targets):
                 for one, mean, effects in zip(sets, means, found, strict=True):
                     _one_image(model, reader, recording, image, one, mean, effects)
-        report(f"effects: {layer}", len(batch.places), source.count)
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from elude_runtime.analysis.model import EludeModel
@@ -13,6 +12,7 @@ from elude_runtime.offline.evaluation.attribution_effects import EffectRow, meas
 from elude_runtime.offline.evaluation.class_groups import GroupImages
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
 from elude_runtime.offline.evaluation.group_steering import GroupSteering, steer_groups
+from elude_runtime.offline.evaluation.images import spread_places
 from elude_runtime.offline.evaluation.interventions import Effects, measure_effects
 from elude_runtime.offline.evaluation.options import EvaluateOptions
 from elude_runtime.offline.evaluation.own_sets import CONCEPTS, RANDOM_CONCEPTS, random_state
@@ -40,13 +40,12 @@ def layer_effects(
     means [F] of each set: activations' means over the calibration tokens; inputs [S, m]: what these read; places [N]:
     of the scoring images.
     """
-    count = min(options.effect_images, len(places))
-    if not count or model.manifest.output != "logits":
+    if not options.effect_images or not len(places) or model.manifest.output != "logits":
         return LayerEffects()
     state = reader.state
     wanted = [(one, mean) for one, mean in zip(sets, means, strict=True) if _intervened(one)]
     chosen, averages = [one for one, _ in wanted], [mean for _, mean in wanted]
-    source = scoring.at(places[torch.linspace(0, len(places) - 1, count).round().long()])
+    source = scoring.at(spread_places(places, options.effect_images))
     random = random_state(state, reader.token_type, inputs, options.seed)
     return LayerEffects(
         measure_effects(model, reader, chosen, averages, source, report),

@@ -30,6 +30,7 @@ from elude_runtime.offline.evaluation.images import (
     known_truth,
     layer_batches,
     split_images,
+    spread_places,
     top_classes,
 )
 from elude_runtime.offline.evaluation.known_properties import choosing_half, known_properties, property_auc
@@ -268,12 +269,8 @@ class _Run:
 
     def _fidelity(self, state: SplitState, token_type: int, sets: Sequence[FeatureSet]) -> list[TopKept | None]:
         """What is left of the top class with reconstructions in place, on scoring images spread over all of them."""
-        count = min(self.options.fidelity_images, len(self.places))
+        count = self.options.fidelity_images
         if not count or self.model.manifest.output != "logits":
             return [None] * len(sets)
-        source = self.split.scoring.at(self._spread(count))
+        source = self.split.scoring.at(spread_places(self.places, count))
         return measure_fidelity(self.model, TokenReader(state, token_type), sets, source, self.report)
-
-    def _spread(self, count: int) -> Tensor:
-        """int64: so many of the scoring images' places, spread over all of them."""
-        return self.places[torch.linspace(0, len(self.places) - 1, count).round().long()]
