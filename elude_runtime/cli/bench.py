@@ -84,6 +84,7 @@ def api(
     captum_pairs: Annotated[int, typer.Option(help="Pairs with Captum's methods, 50 steps; 0 for none.", min=0)] = 5,
     captum_batch: Annotated[int, typer.Option(help="Steps of Captum that share a pass.", min=1)] = 10,
     threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's own choice.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     trust_factory: Annotated[
         bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")
     ] = False,
@@ -109,7 +110,12 @@ def api(
     how = (input_size, mean, std, interpolation, crop_pct, crop_mode)
     with _checkpoint(asked, images, layers, max_images, how) as checkpoint, stages() as bar:
         bench = Workbench(
-            checkpoint, images, max_images, threads=threads, trust_factory=trust_factory or bool(model_factory)
+            checkpoint,
+            images,
+            max_images,
+            threads=threads,
+            device=device,
+            trust_factory=trust_factory or bool(model_factory),
         )
         found = measure_api(
             bench, layers, pairs=pairs, captum_pairs=captum_pairs, internal_batch=captum_batch, progress=bar
