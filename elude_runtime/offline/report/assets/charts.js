@@ -1,0 +1,107 @@
+/** Bars and small charts: plain elements and SVG, coloured by the tokens of base.css. */
+(function () {
+  "use strict";
+  const { el, svg, format } = Elude;
+
+  /**
+   * One bar. signed: from the middle to either side, else from the left.
+   * @param {number} value
+   * @param {number} largest  the value of a full bar
+   */
+  function bar(value, largest, signed = false) {
+    const size = largest > 0 ? Math.min(1, Math.abs(value) / largest) : 0;
+    const width = 100 * size * (signed ? 0.5 : 1);
+    const left = signed ? (value < 0 ? 50 - width : 50) : 0;
+    const tone = signed ? (value < 0 ? "negative" : "positive") : "";
+    return el(
+      "span",
+      { class: signed ? "bar signed" : "bar", "aria-hidden": "true" },
+      el("i", { class: tone, style: { left: `${left}%`, width: `${width}%` } }),
+    );
+  }
+
+  /**
+   * Rows of name, bar and value.
+   * @param {Array<{name: string | Node, value: number, text?: string}>} rows
+   * @param {{signed?: boolean, largest?: number}} [options]
+   */
+  function bars(rows, { signed = false, largest } = {}) {
+    const full = largest ?? Math.max(0, ...rows.map((row) => Math.abs(row.value)));
+    return el(
+      "div",
+      { class: "bars", role: "list" },
+      rows.map((row) => [
+        el("span", { class: "name", role: "listitem" }, row.name),
+        bar(row.value, full, signed),
+        el("span", { class: "value" }, row.text ?? (signed ? format.signed(row.value) : format.number(row.value))),
+      ]),
+    );
+  }
+
+  /**
+   * Values as thin bars side by side, in the order given.
+   * @param {Array<{value: number, title: string, href?: string, quiet?: boolean}>} items
+   * @param {{label: string, height?: number, number?: (value: number) => string}} options
+   */
+  function columns(items, { label, height = 120, number = format.number }) {
+    const width = 560;
+    const room = { left: 44, bottom: 18, top: 6 };
+    const full = Math.max(1e-12, ...items.map((item) => item.value));
+    const step = (width - room.left) / Math.max(1, items.length);
+    const tall = height - room.bottom - room.top;
+    const marks = items.map((item, i) => {
+      const size = Math.max(item.value > 0 ? 1 : 0, (item.value / full) * tall);
+      const mark = svg(
+        "rect",
+        {
+          class: item.quiet ? "mark quiet" : "mark", x: (room.left + i * step).toFixed(2), y: (room.top + tall - size).toFixed(2),
+          width: Math.max(0.6, step - (step > 3 ? 1 : 0.25)).toFixed(2), height: size.toFixed(2),
+        }, // prettier-ignore
+        svg("title", null, item.title),
+      );
+      return item.href ? svg("a", { href: item.href, tabindex: "-1" }, mark) : mark;
+    });
+    return svg(
+      "svg",
+      { class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label },
+      marks,
+      svg("line", { class: "axis", x1: room.left, x2: width, y1: height - room.bottom, y2: height - room.bottom }),
+      svg("text", { x: room.left - 6, y: room.top + 9, "text-anchor": "end" }, number(full)),
+      svg("text", { x: room.left - 6, y: height - room.bottom, "text-anchor": "end" }, "0"),
+    );
+  }
+
+  /** How many values fall into each of `count` equal intervals: `{counts, low, high}`. */
+  function intervals(values, count) {
+    const low = Math.min(...values);
+    const high = Math.max(...values);
+    const counts = new Array(count).fill(0);
+    for (const value of values) counts[Math.min(count - 1, Math.floor(((value - low) / (high - low || 1)) * count))]++;
+    return { counts, low, high };
+  }
+
+  /**
+   * A histogram with its two ends named.
+   * @param {number[]} values
+   * @param {{label: string, count?: number, number?: (value: number) => string}} options
+   */
+  function histogram(values, { label, count = 40, number = format.number }) {
+    if (!values.length) return el("p", { class: "soft" }, "None.");
+    const { counts, low, high } = intervals(values, count);
+    const width = (high - low) / count;
+    const drawn = columns(
+      counts.map((n, i) => ({
+        value: n,
+        title: `${format.count(n)} from ${number(low + i * width)} to ${number(low + (i + 1) * width)}`,
+      })),
+      { label, number: (n) => format.count(Math.round(n)) },
+    );
+    drawn.append(
+      svg("text", { x: 44, y: 118 }, number(low)),
+      svg("text", { x: 560, y: 118, "text-anchor": "end" }, number(high)),
+    );
+    return drawn;
+  }
+
+  Elude.charts = { bar, bars, columns, histogram };
+})();
