@@ -103,5 +103,33 @@
     return drawn;
   }
 
-  Elude.charts = { bar, bars, columns, histogram };
+  /**
+   * Quantiles 1, 5, 25, 50, 75, 95, 99 % as nested bars; the median is a line, zero a mark.
+   * @param {number[]} q
+   * @param {number} mean
+   */
+  function spread(q, mean) {
+    const width = 280;
+    const room = 8;
+    const low = Math.min(0, q[0]);
+    const high = Math.max(0, q[6]);
+    const x = (v) => room + ((v - low) / (high - low || 1)) * (width - 2 * room);
+    const nested = [[q[0], q[6], 16, 8], [q[1], q[5], 12, 16], [q[2], q[4], 8, 24]]; // prettier-ignore
+    const title = `1 % ${format.number(q[0])}, 5 % ${format.number(q[1])}, 25 % ${format.number(q[2])}, median ${format.number(q[3])}, 75 % ${format.number(q[4])}, 95 % ${format.number(q[5])}, 99 % ${format.number(q[6])}; mean ${format.number(mean)}`;
+    return svg(
+      "svg",
+      { class: "chart spread", viewBox: `0 0 ${width} 52`, role: "img", "aria-label": `Quantiles of the activation: ${title}` },
+      svg("title", null, title),
+      nested.map(([a, b, y, height], i) =>
+        svg("rect", { class: `quantile q${i}`, x: x(a), y, width: Math.max(1, x(b) - x(a)), height, rx: 2 }),
+      ),
+      svg("line", { class: "median", x1: x(q[3]), x2: x(q[3]), y1: 8, y2: 32 }),
+      svg("line", { class: "axis", x1: x(0), x2: x(0), y1: 4, y2: 36 }),
+      svg("text", { x: x(q[0]), y: 48, class: q[0] < 0 ? "negative-text" : "" }, format.number(q[0])),
+      svg("text", { x: x(q[6]), y: 48, "text-anchor": "end", class: q[6] > 0 ? "positive-text" : "" }, format.number(q[6])),
+      Math.abs(x(0) - x(q[0])) > 40 && Math.abs(x(0) - x(q[6])) > 40 && svg("text", { x: x(0), y: 48, "text-anchor": "middle" }, "0"),
+    );
+  }
+
+  Elude.charts = { bar, bars, columns, histogram, spread };
 })();
