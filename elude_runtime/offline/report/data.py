@@ -67,14 +67,16 @@ class ReportData:
         """Everything. progress: called with the number of features that were newly written."""
         (self.folder / "data").mkdir()
         cards: list[list[list[int]]] = []
+        peaks: list[list[float | None]] = []
         for start in range(0, len(self.names), CHUNK):
             rows = range(start, min(start + CHUNK, len(self.names)))
             found = [self._exemplars(self.names[row]) for row in rows]
             cards += [[_card(exemplars, 1), _card(exemplars, -1)] for exemplars in found]
+            peaks += [[_peak(exemplars, 1), _peak(exemplars, -1)] for exemplars in found]
             self._write(f"f-{start // CHUNK}", [self._whole(r, e) for r, e in zip(rows, found, strict=True)])
             progress(len(rows))
         parts = [self._layer_parts(place) for place in range(len(self.material.manifest.layers))]
-        self._write("features", self._index(cards, parts))
+        self._write("features", self._index(cards, peaks, parts))
         self._write("classes", self._classes())
         self._write("images", self._thumbnails())
 
@@ -123,7 +125,9 @@ class ReportData:
         self._write(f"x-{place}", inputs)
         return {"neurons": any_neuron, "inputs": bool(inputs)}
 
-    def _index(self, cards: list[list[list[int]]], parts: list[dict[str, bool]]) -> dict[str, Any]:
+    def _index(
+        self, cards: list[list[list[int]]], peaks: list[list[float | None]], parts: list[dict[str, bool]]
+    ) -> dict[str, Any]:
         manifest, columns = self.material.manifest, self.columns
         layers = [
             {
@@ -146,6 +150,7 @@ class ReportData:
             "source": _words(columns["label_source"]),
             **{name: list(map(_short, columns[name])) if name in columns else None for name in _NUMBERS},
             "cards": cards,
+            "peaks": peaks,
         }
 
     def _classes(self) -> dict[str, Any]:
@@ -214,6 +219,11 @@ def _card(exemplars: Sequence[Sequence[Any]], end: int) -> list[int]:
     """[image, token, …] of the first exemplars of one end."""
     first = [e for e in exemplars if e[0] == end and e[1] == 0][:CARD]
     return [value for e in first for value in (e[2], e[3])]
+
+
+def _peak(exemplars: Sequence[Sequence[Any]], end: int) -> float | None:
+    """The activation of the first exemplar of one end."""
+    return next((e[4] for e in exemplars if e[0] == end and e[1] == 0), None)
 
 
 def _effects(effects: Iterable[dict[str, Any]] | None) -> list[list[Any]] | None:

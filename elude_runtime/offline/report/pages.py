@@ -9,12 +9,14 @@ from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 OVERVIEW, FEATURES, FEATURE, CLASSES = "index.html", "features.html", "feature.html", "class.html"
 _PACKAGE = "elude_runtime.offline.report"
 _ASSETS = "assets"
+_AS_SCRIPTS_ENCODE = "/!~*'()"  # left as they are by encodeURIComponent, and the slash, to be read
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ def copy_assets(folder: Path) -> None:
     for item in (files(_PACKAGE) / _ASSETS).iterdir():
         if item.is_file():
             (folder / _ASSETS / item.name).write_bytes(item.read_bytes())
+
+
+def feature_address(name: str) -> str:
+    """The page of a feature, relative to the report's folder; scripts make the same with `"feature.html" + Elude.hash(name)`."""
+    return f"{FEATURE}#{quote(name, safe=_AS_SCRIPTS_ENCODE)}"
 
 
 def percent(value: float | None) -> str:

@@ -39,35 +39,32 @@
   }
 
   /**
-   * Values as thin bars side by side, in the order given.
+   * Values as thin bars side by side, in the order given, with the largest value named at the side.
    * @param {Array<{value: number, title: string, href?: string, quiet?: boolean}>} items
-   * @param {{label: string, height?: number, number?: (value: number) => string}} options
+   * @param {{label: string, number?: (value: number) => string, ends?: [string, string]}} options  ends: below the first
+   *   and the last bar
    */
-  function columns(items, { label, height = 120, number = format.number }) {
-    const width = 560;
-    const room = { left: 44, bottom: 18, top: 6 };
+  function columns(items, { label, number = format.number, ends = ["", ""] }) {
+    const height = 100;
     const full = Math.max(1e-12, ...items.map((item) => item.value));
-    const step = (width - room.left) / Math.max(1, items.length);
-    const tall = height - room.bottom - room.top;
+    const gap = items.length > 60 ? 0.15 : 0.1;
     const marks = items.map((item, i) => {
-      const size = Math.max(item.value > 0 ? 1 : 0, (item.value / full) * tall);
-      const mark = svg(
-        "rect",
-        {
-          class: item.quiet ? "mark quiet" : "mark", x: (room.left + i * step).toFixed(2), y: (room.top + tall - size).toFixed(2),
-          width: Math.max(0.6, step - (step > 3 ? 1 : 0.25)).toFixed(2), height: size.toFixed(2),
-        }, // prettier-ignore
-        svg("title", null, item.title),
-      );
+      const size = Math.max(item.value > 0 ? 1 : 0, (item.value / full) * height);
+      const place = { x: i + gap / 2, y: (height - size).toFixed(2), width: 1 - gap, height: size.toFixed(2) };
+      const mark = svg("rect", { class: item.quiet ? "mark quiet" : "mark", ...place }, svg("title", null, item.title));
       return item.href ? svg("a", { href: item.href, tabindex: "-1" }, mark) : mark;
     });
-    return svg(
-      "svg",
-      { class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label },
-      marks,
-      svg("line", { class: "axis", x1: room.left, x2: width, y1: height - room.bottom, y2: height - room.bottom }),
-      svg("text", { x: room.left - 6, y: room.top + 9, "text-anchor": "end" }, number(full)),
-      svg("text", { x: room.left - 6, y: height - room.bottom, "text-anchor": "end" }, "0"),
+    return el(
+      "div",
+      { class: "columns" },
+      el("span", { class: "top-value" }, number(full)),
+      el("span", { class: "bottom-value" }, "0"),
+      svg(
+        "svg",
+        { class: "chart", viewBox: `0 0 ${items.length || 1} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": label },
+        marks,
+      ),
+      el("span", { class: "ends-row" }, el("span", null, ends[0]), el("span", null, ends[1])),
     );
   }
 
@@ -89,18 +86,13 @@
     if (!values.length) return el("p", { class: "soft" }, "None.");
     const { counts, low, high } = intervals(values, count);
     const width = (high - low) / count;
-    const drawn = columns(
+    return columns(
       counts.map((n, i) => ({
         value: n,
         title: `${format.count(n)} from ${number(low + i * width)} to ${number(low + (i + 1) * width)}`,
       })),
-      { label, number: (n) => format.count(Math.round(n)) },
+      { label, number: (n) => format.count(Math.round(n)), ends: [number(low), number(high)] },
     );
-    drawn.append(
-      svg("text", { x: 44, y: 118 }, number(low)),
-      svg("text", { x: 560, y: 118, "text-anchor": "end" }, number(high)),
-    );
-    return drawn;
   }
 
   /**

@@ -68,7 +68,7 @@
         this.tiles.push([tile, e]);
         return tile;
       });
-      return el("div", { class: "tiles" }, tiles);
+      return el("div", { class: "tiles", style: { "--count": tiles.length } }, tiles);
     }
 
     /** The control that changes the view of all tiles; nothing where there is but one. */

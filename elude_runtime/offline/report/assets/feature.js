@@ -154,7 +154,7 @@
     if (!rows.length) return null;
     return section(
       "What it is made of",
-      `${format.count(rows.length)} sub-units of ${format.count(new Set(rows.map((r) => features.neuron(r))).size)} neurons, largest share first. Their sum, weighted into the layer's output, is this concept, exactly.`,
+      `${format.count(rows.length)} sub-units of ${format.count(new Set(rows.map((r) => features.neuron(r))).size)} neurons, largest share first. What they write into the layer's output, added up, is what this concept writes.`,
       list(rows, (one) => parts.card(features, one), "grid"),
     );
   }
@@ -215,7 +215,7 @@
         { class: "section-head" },
         el("h2", null, title),
         choice,
-        el("p", null, "A neuron answers to several things at once. Its sub-units add up to it again, to the last bit of a 64-bit sum, and each joins the concept it acts with."),
+        el("p", null, "A neuron answers to several things at once. Its sub-units add up to it again, and each joins the concept it acts with."),
       ),
       place,
     );

@@ -83,6 +83,14 @@
       const flat = this.data.cards[row][end > 0 ? 0 : 1];
       return Array.from({ length: flat.length / 2 }, (_, i) => [flat[2 * i], flat[2 * i + 1]]);
     }
+    /** Activation of the first exemplar of one end, in standard deviations; 0 where there is none. */
+    peak(row, end) {
+      return (this.data.peaks[row][end > 0 ? 0 : 1] ?? 0) / (this.data.std[row] || 1);
+    }
+    /** Whether one end is so much weaker than the other that it says little. */
+    isWeak(row, end) {
+      return Math.abs(this.peak(row, end)) < Math.abs(this.peak(row, -end)) / 4;
+    }
     className(index) {
       return this.data.classes?.[index] ?? `class ${index}`;
     }
@@ -121,7 +129,7 @@
     return el(
       "span",
       {
-        class: end > 0 ? "strip positive-end" : "strip negative-end", role: "img",
+        class: `strip ${end > 0 ? "positive" : "negative"}-end${features.isWeak(row, end) ? " weak" : ""}`, role: "img",
         "aria-label": first.length ? `${end > 0 ? "Positive" : "Negative"} end: ${names}` : "No exemplars at this end",
       }, // prettier-ignore
       first.map(([image, token]) => pictures.picture(features.images[image], { layer: features.layer(row), token })),
@@ -138,6 +146,20 @@
       el("span", { class: label ? "label" : "label mono", dir: "auto" }, label || features.short(row)),
       label && features.isAutomatic(row) && mark(),
     );
+  }
+
+  /** Its name below its label, nothing where the name is all there is. */
+  function named(features, row) {
+    return features.label(row) ? el("span", { class: "mono faint" }, features.short(row)) : null;
+  }
+
+  /** How far its two ends reach. */
+  function reach(features, row) {
+    const end = (sign) => {
+      const peak = features.peak(row, sign);
+      return peak !== 0 && el("span", { class: sign > 0 ? "positive" : "negative" }, `${format.signed(peak, 2)}σ`);
+    };
+    return el("span", { class: "reach number", title: "activation of the first exemplar of each end, in standard deviations" }, end(1), end(-1));
   }
 
   function mark() {
@@ -162,8 +184,9 @@
         el(
           "span",
           { class: "meta" },
-          el("span", { class: features.label(row) ? "mono" : "" }, features.label(row) ? features.short(row) : "no label"),
+          named(features, row),
           features.tokens(row) === "cls" && el("span", { class: "badge" }, "class token"),
+          !dead && reach(features, row),
           dead
             ? el("span", { class: "badge" }, "dead")
             : el("span", { class: "share", title: "share of the layer output's variance" }, format.percent(share)),
@@ -179,11 +202,11 @@
       "a",
       { class: "feature-line", href: features.href(row) },
       strip(features, row, end, count),
-      el("span", { class: "text" }, titled(features, row), el("span", { class: "mono faint" }, features.short(row))),
+      el("span", { class: "text" }, titled(features, row), named(features, row)),
       extra,
       value !== null && el("span", { class: "value number" }, value),
     );
   }
 
-  Elude.features = { all, card, line, strip, titled, mark };
+  Elude.features = { all, card, line, strip, titled, named };
 })();

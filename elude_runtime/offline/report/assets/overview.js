@@ -24,7 +24,7 @@
             value: Math.max(0, share[row]), quiet: features.isRest(row), href: features.href(row),
             title: `${features.title(row)} (${features.short(row)}): ${format.percent(share[row])}`,
           })), // prettier-ignore
-          { label: `Share of variance of ${ranked.length} concepts, largest first`, number: format.percent },
+          { label: `Share of variance of ${ranked.length} concepts, largest first`, number: format.percent, ends: ["largest", "smallest"] },
         ),
       ),
       chart(

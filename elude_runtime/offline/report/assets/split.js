@@ -61,7 +61,7 @@
         "span",
         { class: "text" },
         parts.titled(features, row),
-        el("span", { class: "mono faint" }, features.short(row)),
+        parts.named(features, row),
         el("span", { class: "faint number small", title: "part of the sub-units' summed variance" }, format.percent(part)),
         el("span", { class: "joins" }, "joins ", features.title(concept)),
       ),
@@ -78,7 +78,7 @@
         "span",
         { class: "text" },
         parts.titled(features, row),
-        el("span", { class: "mono faint" }, features.short(row)),
+        parts.named(features, row),
         el("span", { class: "faint number small" }, `${format.count(features.data.size[row])} sub-units`),
       ),
     );
