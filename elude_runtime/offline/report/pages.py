@@ -34,7 +34,7 @@ class Shell:
     connect: str = "'none'"
     explorer: bool = False
     pages: tuple[tuple[str, str], ...] = ((OVERVIEW, "Overview"), (FEATURES, "Features"), (CLASSES, "Classes"))
-    styles: tuple[str, ...] = ("base.css", "parts.css", "pages.css")
+    styles: tuple[str, ...] = ("base.css", "parts.css", "forms.css", "feature.css", "split.css", "pages.css")
     scripts: tuple[str, ...] = ("core.js", "pictures.js", "charts.js", "features.js")
     note: str = "These pages talk to no network."
 

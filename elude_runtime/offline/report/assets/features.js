@@ -15,6 +15,7 @@
         name, thumb: images.thumb[i], aspect: images.aspect[i], predicted: images.predicted[i],
       })); // prettier-ignore
       this.parsed = data.short.map((short) => /^(?:(\d+)\/)?([pcPC])(\d+|rest)$/.exec(short) || []);
+      this.concepts = Uint8Array.from(this.parsed, ([, neuron]) => neuron === undefined);
     }
 
     /** The row of a feature's name; -1 where there is none. */
@@ -29,7 +30,7 @@
       return this.data.short[row];
     }
     isConcept(row) {
-      return this.parsed[row][1] === undefined;
+      return this.concepts[row] === 1;
     }
     kind(row) {
       return this.isConcept(row) ? "concept" : "sub-unit";
@@ -159,11 +160,20 @@
       const peak = features.peak(row, sign);
       return peak !== 0 && el("span", { class: sign > 0 ? "positive" : "negative" }, `${format.signed(peak, 2)}σ`);
     };
-    return el("span", { class: "reach number", title: "activation of the first exemplar of each end, in standard deviations" }, end(1), end(-1));
+    return el(
+      "span",
+      { class: "reach number", title: "activation of the first exemplar of each end, in standard deviations" },
+      end(1),
+      end(-1),
+    );
   }
 
   function mark() {
-    return el("abbr", { class: "auto", title: "Labelled automatically, from what the model says about its exemplars" }, "auto");
+    return el(
+      "abbr",
+      { class: "auto", title: "Labelled automatically, from what the model says about its exemplars" },
+      "auto",
+    );
   }
 
   /** A feature as a card: both ends, label, name, share. */
