@@ -155,7 +155,7 @@ class ReportData:
 
     def _classes(self) -> dict[str, Any]:
         """By class, features in the order of their effect: {class: [row, effect, row, effect, …]}, images: {class: [image, …]}."""
-        found: dict[str, Any] = {"known": "raises" in self.columns}
+        found: dict[str, Any] = {"known": any(effects is not None for effects in self.columns.get("raises", []))}
         for side in ("raises", "lowers"):
             by_class: dict[int, list[tuple[float, int]]] = defaultdict(list)
             for row, effects in enumerate(self.columns.get(side) or []):

@@ -102,9 +102,9 @@
       el("h1", { dir: "auto" }, features.className(index)),
       ...(data.known
         ? [
-            section("Raised by", "At their positive ends, which the pictures show. The direct effect on the logit, averaged.",
+            section("Raised by", "At their positive ends, which the pictures show: mean change of the logit, against the mean of all, by one standard deviation. Each feature counts for the five classes that it raises most.",
               raises.length ? carriers(features, raises, largest) : none("raises")), // prettier-ignore
-            section("Lowered by", "At their positive ends too; at its negative end each of these raises the class.",
+            section("Lowered by", "At their positive ends too, among the five that each lowers most; at its negative end each of these raises the class.",
               lowers.length ? carriers(features, lowers, largest) : none("lowers")), // prettier-ignore
           ]
         : [noCatalogue()]),

@@ -54,13 +54,13 @@
         "div",
         null,
         path(layer, features.short(row)),
-        el("h1", { dir: "auto" }, features.title(row)),
+        el("h1", { class: "titled" }, label ? parts.labelled(features, row) : features.short(row)),
         el(
           "p",
           { class: "row" },
           badge(features.kind(row)),
           tokenBadge(layer, features.tokens(row)),
-          label ? features.isAutomatic(row) && badge("label made automatically", "warn") : badge("no label"),
+          label ? features.isAutomatic(row) && badge("labelled automatically", "warn") : badge("no label"),
           features.isRest(row) && badge("rest: what is in no other"),
           !features.isLive(row) && badge("dead: never varied", "bad"),
           layer.live[features.tokens(row)] === false && badge("cannot change the output", "warn"),
@@ -123,7 +123,7 @@
       subunit &&
         concept >= 0 && [
           "Concept",
-          el("a", { href: features.href(concept), dir: "auto" }, features.title(concept)),
+          el("a", { href: features.href(concept) }, parts.titled(features, concept)),
           "that it joins",
         ],
     ];

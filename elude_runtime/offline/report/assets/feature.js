@@ -46,11 +46,11 @@
         "Near misses at the positive end",
         "Strong, but not among the strongest: where it stops.",
       ],
-      [shown.of("near_miss", -1), "Near misses at the negative end", ""],
+      [shown.of("near_miss", -1), "Near misses at the negative end", "The same at the other end."],
     ].filter(([some]) => some.length);
     if (!rows.length) return null;
     const row = ([some, title, note]) =>
-      el("div", null, el("h3", null, title), note && el("p", { class: "soft small" }, note), shown.row(some));
+      el("div", null, el("h3", null, title), el("p", { class: "soft small" }, note), shown.row(some));
     return section("Beside the strongest", "", el("div", { class: "rows" }, rows.map(row)));
   }
 
@@ -63,7 +63,7 @@
     }));
     return section(
       "Classes it raises and lowers",
-      "Its direct effect on the logits through what follows the layer, averaged, at its positive end; its negative end does the opposite.",
+      "Mean change of the logit, against the mean of all, when the feature rises by one standard deviation on all its tokens. Its negative end does the opposite.",
       el("div", { class: "card padded" }, Elude.charts.bars(rows, { signed: true })),
     );
   }
@@ -134,16 +134,15 @@
     );
   }
 
-  function near(features, whole) {
+  /** Features that act alike, or oppositely: each with the end that goes along with this one's stronger end. */
+  function near(features, row, whole) {
     if (!whole.duplicates?.length) return null;
+    const line = ([other, r]) =>
+      parts.line(features, other, { end: features.lead(row) * (r < 0 ? -1 : 1), value: `r ${format.number(r, 2)}` });
     return section(
       "Nearest others",
-      "Correlation of the activations over the calibration tokens; from .95 on they are near-duplicates.",
-      el(
-        "div",
-        { class: "lines" },
-        whole.duplicates.map(([other, r]) => parts.line(features, other, { value: `r ${format.number(r, 2)}` })),
-      ),
+      "Correlation of the activations over the calibration tokens; from .95 on, of either sign, they are near-duplicates. The pictures show the end that goes along with this feature's stronger end.",
+      el("div", { class: "lines" }, whole.duplicates.map(line)),
     );
   }
 
@@ -183,7 +182,7 @@
             classes(features, whole),
             shown && others(shown),
             features.isConcept(row) ? members(features, row) : await inputs(features, row, whole),
-            near(features, whole),
+            near(features, row, whole),
           ]
         : []),
     ];

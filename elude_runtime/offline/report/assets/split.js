@@ -87,7 +87,7 @@
           { class: "faint number small", title: "part of the sub-units' summed variance" },
           format.percent(part),
         ),
-        el("span", { class: "joins" }, "joins ", features.title(concept)),
+        el("span", { class: "joins" }, "joins ", features.short(concept)),
       ),
     );
   }
