@@ -211,7 +211,8 @@ def _show_report(found: dict[str, Any]) -> None:
     gallery = found["gallery"]
     times, keys = gallery["opening_ms"], gallery["keystroke_ms"]
     print(
-        f"gallery of {gallery['features']:,} features: usable after {times['median']:.0f} ms (largest {times['largest']:.0f})"
+        f"gallery of {gallery['features']:,} features: usable after {times['median']:.0f} ms (largest "
+        f"{times['largest']:.0f})"
     )
     print(
         f"  a keystroke: {keys['script_median']:.0f} ms in scripts (largest {keys['script_largest']:.0f}), "

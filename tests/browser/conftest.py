@@ -1,4 +1,4 @@
-"""A real browser for tests: Chromium, driven by Playwright. Whatever a page complains of or asks of the network fails."""
+"""A real browser for tests: Chromium, driven by Playwright. What a page complains of, or asks of the network, fails."""
 
 from __future__ import annotations
 

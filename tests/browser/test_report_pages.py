@@ -18,6 +18,7 @@ from elude_runtime.checkpoint.catalogue import read_catalogue
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
+MINUS = "\u2212"
 Reports = Callable[..., str]
 SUBUNIT = f"{LAYER}/2/p1"
 ADDRESSES = {
@@ -91,7 +92,8 @@ _FAINT = """() => {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode.parentElement;
-    if (!walker.currentNode.textContent.trim() || !node.checkVisibility() || node.closest('svg, script, noscript, :disabled')) continue;
+    if (!walker.currentNode.textContent.trim() || !node.checkVisibility()) continue;
+    if (node.closest('svg, script, noscript, :disabled')) continue;
     const under = behind(node);
     const [a, b] = [light(under), light(read(getComputedStyle(node).color, under))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
@@ -325,7 +327,7 @@ def test_an_exemplar_opens_large(visits: Visits, full: str) -> None:
 def test_a_class_s_page(visits: Visits, full: str) -> None:
     page = visits.open(f"{full}/class.html#1")
     assert page.inner_text("h1") == "tiger shark"
-    for heading, sign in (("Raised by", "+"), ("Lowered by", "−")):
+    for heading, sign in (("Raised by", "+"), ("Lowered by", MINUS)):
         section = page.locator("section", has=page.get_by_role("heading", name=heading))
         values = [t[0] for t in section.locator(".value").all_inner_texts()]
         assert len(values) > 2 and set(values) == {sign}

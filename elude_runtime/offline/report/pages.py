@@ -67,7 +67,7 @@ def copy_assets(folder: Path) -> None:
 
 
 def feature_address(name: str) -> str:
-    """The page of a feature, relative to the report's folder; scripts make the same with `"feature.html" + Elude.hash(name)`."""
+    """The page of a feature, relative to the report's folder; scripts have `"feature.html" + Elude.hash(name)`."""
     return f"{FEATURE}#{quote(name, safe=_AS_SCRIPTS_ENCODE)}"
 
 

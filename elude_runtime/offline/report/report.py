@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from elude_runtime.analysis.features import CONCEPT
+from elude_runtime.checkpoint.manifest import Manifest
 from elude_runtime.checkpoint.storage import new_directory
 from elude_runtime.network.tokens import TYPE_NAMES
 from elude_runtime.offline.report.data import ReportData
@@ -54,14 +55,21 @@ def write_report(
         data.write(lambda done: report("features", done, len(data.names)))
         plots = _copy_plots(material.evaluation, folder)
         copy_assets(folder)
-        shell = Shell(material.manifest.model.name, material.manifest.checkpoint_sha256, _made())
-        if explorer:
-            pages = (*shell.pages, ("explore.html", "Explore"))
-            shell = replace(shell, explorer=True, connect="'self'", pages=pages)
+        shell = shell_of(material.manifest, explorer=explorer)
         for name, text in render(shell, contents(material, plots)):
             (folder / name).write_text(text, encoding="utf-8")
         megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
     return Written(out / OVERVIEW, len(data.names), data.images, megabytes, material.no_exemplars)
+
+
+def shell_of(manifest: Manifest, *, explorer: bool = False) -> Shell:
+    """The frame of a checkpoint's pages; explorer: as the live explorer serves them."""
+    shell = Shell(manifest.model.name, manifest.checkpoint_sha256, _made())
+    if not explorer:
+        return shell
+    note = "These pages talk to their own address and to no other."
+    pages = (*shell.pages, ("explore.html", "Explore"))
+    return replace(shell, explorer=True, connect="'self'", pages=pages, note=note)
 
 
 def contents(material: Material, plots: list[dict[str, str]]) -> dict[str, Any]:

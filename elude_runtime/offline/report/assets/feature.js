@@ -44,7 +44,7 @@
       [
         shown.of("near_miss", 1),
         "Near misses at the positive end",
-        "Strong, but not among the strongest: where it stops.",
+        "Just below the strongest; of another class, where the label names any.",
       ],
       [shown.of("near_miss", -1), "Near misses at the negative end", "The same at the other end."],
     ].filter(([some]) => some.length);
