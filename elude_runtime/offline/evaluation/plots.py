@@ -62,7 +62,7 @@ def draw(layers: Sequence[LayerResult], folder: Path) -> list[Path]:
     files = []
     with matplotlib.rc_context(_STYLE):
         for result in layers:
-            stem = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{result.layer}.{result.tokens}")
+            stem = plot_stem(result.layer, result.tokens)
             for name, make in _plots(result):
                 figure = Figure(layout="constrained")
                 make(figure, result)
@@ -72,6 +72,11 @@ def draw(layers: Sequence[LayerResult], folder: Path) -> list[Path]:
                     files.append(folder / f"{stem}.{name}.{ending}")
                     figure.savefig(files[-1], **extra)
     return files
+
+
+def plot_stem(layer: str, tokens: str) -> str:
+    """What the names of a layer's and token type's plots begin with, up to a dot."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{layer}.{tokens}")
 
 
 def _plots(result: LayerResult) -> Iterator[tuple[str, Callable[[Figure, LayerResult], None]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +19,16 @@ if TYPE_CHECKING:
     from elude_runtime.checkpoint.exemplars import Exemplars
 
 _EVALUATION, _PLOTS = "evaluation.json", "evaluation"
-_LISTS = ("sets", "comparisons")
 
 
 @dataclass(frozen=True)
 class EvaluationFound:
     """document: `evaluation.json`, None where there is none of this checkpoint; problem: why not, a sentence, where
-    there is a file; plots: those of the figures that both lie there and belong to a layer of the document."""
+    there is a file; plots: of each of the document's layers, in their order, the figures that lie there."""
 
     document: dict[str, Any] | None = None
     problem: str = ""
-    plots: list[Path] = field(default_factory=list)
+    plots: list[list[Path]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +78,17 @@ def _exemplars(checkpoint: Path) -> tuple[Exemplars | None, str]:
 
 
 def _evaluation(folder: Path, checkpoint_sha256: str) -> EvaluationFound:
+    from elude_runtime.offline.evaluation.plots import plot_stem
+
     try:
         document = json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))
         if document["checkpoint"]["checkpoint_sha256"] != checkpoint_sha256:
             return EvaluationFound(None, f"{_EVALUATION} belongs to another checkpoint.")
-        if not all(isinstance(layer[name], list) for layer in document["layers"] for name in _LISTS):
+        if not all(isinstance(layer["sets"], list) for layer in document["layers"]):
             raise TypeError
     except FileNotFoundError:
         return EvaluationFound()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return EvaluationFound(None, f"{_EVALUATION} is damaged; evaluate again.")
-    return EvaluationFound(document, "", sorted((folder / _PLOTS).glob("*.svg")))
+    stems = [plot_stem(str(layer["layer"]), str(layer["tokens"])) for layer in document["layers"]]
+    return EvaluationFound(document, "", [sorted((folder / _PLOTS).glob(f"{glob.escape(s)}.*.svg")) for s in stems])

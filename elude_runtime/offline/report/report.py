@@ -12,8 +12,8 @@ from typing import Any
 from elude_runtime.analysis.features import CONCEPT
 from elude_runtime.checkpoint.manifest import Manifest
 from elude_runtime.checkpoint.storage import new_directory
-from elude_runtime.network.tokens import TYPE_NAMES
 from elude_runtime.offline.report.data import ReportData
+from elude_runtime.offline.report.hero import hero
 from elude_runtime.offline.report.material import EvaluationFound, Material, read_material
 from elude_runtime.offline.report.pages import OVERVIEW, Shell, copy_assets, render
 
@@ -72,7 +72,7 @@ def shell_of(manifest: Manifest, *, explorer: bool = False) -> Shell:
     return replace(shell, explorer=True, connect="'self'", pages=pages, note=note)
 
 
-def contents(material: Material, plots: list[dict[str, str]]) -> dict[str, Any]:
+def contents(material: Material, plots: list[list[dict[str, str]]]) -> dict[str, Any]:
     """What the templates say about a checkpoint."""
     manifest, table = material.manifest, material.table
     kinds, names = table["kind"].to_pylist(), table["feature"].to_pylist()
@@ -97,33 +97,6 @@ def contents(material: Material, plots: list[dict[str, str]]) -> dict[str, Any]:
     }
 
 
-def hero(material: Material) -> dict[str, Any] | None:
-    """The neuron that shows best what a split does: of those whose sub-units join the most concepts and carry the most
-    different labels, the one of the largest variance. None without exemplars, or where no neuron falls into parts."""
-    if material.exemplars is None:
-        return None
-    place = {entry.name: i for i, entry in enumerate(material.manifest.layers)}
-    live = {(e.name, t.name) for e in material.manifest.layers for t in e.token_types if t.live}
-    columns = ("layer", "token_type", "neuron", "concept", "label", "std", "feature")
-    found: dict[tuple[str, str, int], list[tuple[str, str, float]]] = {}
-    for layer, tokens, neuron, concept, label, std, name in zip(
-        *(material.table[c].to_pylist() for c in columns), strict=True
-    ):
-        if neuron is not None and std > 0 and (layer, tokens) in live and not name.endswith("rest"):
-            found.setdefault((layer, tokens, neuron), []).append((concept, label or "", std))
-
-    def merit(parts: list[tuple[str, str, float]]) -> tuple[int, int, float]:
-        labels = {label for _, label, _ in parts if label}
-        return len(labels), len({concept for concept, _, _ in parts}), sum(std**2 for _, _, std in parts)
-
-    patches_first = sorted(found, key=lambda key: TYPE_NAMES.index(key[1]))
-    several = [key for key in patches_first if len(found[key]) > 1]
-    if not several:
-        return None
-    layer, tokens, neuron = max(several, key=lambda key: (key[1] == TYPE_NAMES[0], *merit(found[key])))
-    return {"layer": place[layer], "tokens": tokens, "neuron": neuron}
-
-
 def _in_order(found: EvaluationFound) -> EvaluationFound:
     """Sets with the clearest first, as `elude evaluate` prints them."""
     if found.document is None:
@@ -136,15 +109,18 @@ def _in_order(found: EvaluationFound) -> EvaluationFound:
     return found
 
 
-def _copy_plots(found: EvaluationFound, folder: Path) -> list[dict[str, str]]:
-    if not found.plots:
-        return []
-    (folder / _PLOTS).mkdir()
-    plots = []
-    for path in found.plots:
-        shutil.copyfile(path, folder / _PLOTS / path.name)
-        plots.append({"file": f"{_PLOTS}/{path.name}", "alt": " ".join(path.stem.rsplit(".", 2)[::-1])})
-    return plots
+def _copy_plots(found: EvaluationFound, folder: Path) -> list[list[dict[str, str]]]:
+    """The plots of each evaluated layer in the report: file and alternative text."""
+    if any(found.plots):
+        (folder / _PLOTS).mkdir()
+    copied: list[list[dict[str, str]]] = []
+    for paths in found.plots:
+        copied.append([])
+        for path in paths:
+            shutil.copyfile(path, folder / _PLOTS / path.name)
+            layer, tokens, name = path.stem.rsplit(".", 2)
+            copied[-1].append({"file": f"{_PLOTS}/{path.name}", "alt": f"{name} in {layer}, {tokens}"})
+    return copied
 
 
 def _made() -> str:
