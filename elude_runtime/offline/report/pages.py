@@ -78,7 +78,7 @@ def percent(value: float | None) -> str:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "\u2212")
+    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\u2212")
 
 
 def count(value: int) -> str:
