@@ -161,3 +161,22 @@ def test_an_evaluation_from_elsewhere(source: Path, tmp_path: Path) -> None:
 def test_a_feature_s_address() -> None:
     assert feature_address("blocks.1.mlp.fc2/12/p3") == "feature.html#blocks.1.mlp.fc2/12/p3"
     assert feature_address("é x/P1") == "feature.html#%C3%A9%20x/P1"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: [],
+        lambda d: {**d, "layers": 3},
+        lambda d: {**d, "layers": [{**d["layers"][0], "sets": [{"name": "concepts"}]}]},
+        lambda d: {**d, "layers": [{**d["layers"][0], "encoders": {"other": {"img9": {}}}}]},
+    ],
+    ids=["list", "number", "half a set", "another encoder"],
+)
+def test_a_damaged_evaluation_is_a_state(tmp_path: Path, damage: Any) -> None:
+    made = checkpoint(tmp_path / "ckpt", catalogue=False)
+    evaluation(made)
+    document = json.loads((made / "evaluation.json").read_text())
+    (made / "evaluation.json").write_text(json.dumps(damage(document)))
+    page = write_report(made, tmp_path / "report").page.read_text("utf-8")
+    assert "evaluation.json is damaged" in page

@@ -195,7 +195,7 @@ class ReportData:
         """Its file in the report; None where the catalogue has none, or none any more."""
         if thumbnail is None:
             return None
-        name = f"{THUMBNAILS}/{place:06d}{thumbnail.suffix}"
+        name = f"{THUMBNAILS}/{place:06d}.webp"
         try:
             shutil.copyfile(thumbnail, self.folder / name)
         except FileNotFoundError:

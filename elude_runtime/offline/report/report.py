@@ -13,12 +13,12 @@ from elude_runtime.analysis.features import CONCEPT
 from elude_runtime.checkpoint.manifest import Manifest
 from elude_runtime.checkpoint.storage import new_directory
 from elude_runtime.offline.report.data import ReportData
+from elude_runtime.offline.report.evaluated import FOLDER, EvaluationFound
 from elude_runtime.offline.report.hero import hero
-from elude_runtime.offline.report.material import EvaluationFound, Material, read_material
+from elude_runtime.offline.report.material import Material, read_material
 from elude_runtime.offline.report.pages import OVERVIEW, Shell, copy_assets, render
 
 MARKER = "assets/theme.js"  # what tells a report from other folders
-_PLOTS = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def contents(material: Material, plots: list[list[dict[str, str]]]) -> dict[str,
         "calibration": manifest.calibration,
         "digests": {"base": manifest.base_sha256, "partition": manifest.partition_sha256},
         "certificate": material.certificate,
-        "evaluation": _in_order(material.evaluation),
+        "evaluation": material.evaluation,
         "plots": plots,
         "hero": hero(material),
         "has_catalogue": material.exemplars is not None,
@@ -97,29 +97,17 @@ def contents(material: Material, plots: list[list[dict[str, str]]]) -> dict[str,
     }
 
 
-def _in_order(found: EvaluationFound) -> EvaluationFound:
-    """Sets with the clearest first, as `elude evaluate` prints them."""
-    if found.document is None:
-        return found
-    for layer in found.document["layers"]:
-        judge = next(iter(layer["encoders"]), None)
-        for one in layer["sets"]:
-            figure = one["clarity"].get(judge, {}).get("img9", {}).get("weighted", {}).get("value")
-            one["order"] = -(figure if figure is not None else -1.0)
-    return found
-
-
 def _copy_plots(found: EvaluationFound, folder: Path) -> list[list[dict[str, str]]]:
     """The plots of each evaluated layer in the report: file and alternative text."""
-    if any(found.plots):
-        (folder / _PLOTS).mkdir()
+    if any(layer.plots for layer in found.layers):
+        (folder / FOLDER).mkdir()
     copied: list[list[dict[str, str]]] = []
-    for paths in found.plots:
+    for layer in found.layers:
         copied.append([])
-        for path in paths:
-            shutil.copyfile(path, folder / _PLOTS / path.name)
-            layer, tokens, name = path.stem.rsplit(".", 2)
-            copied[-1].append({"file": f"{_PLOTS}/{path.name}", "alt": f"{name} in {layer}, {tokens}"})
+        for path in layer.plots:
+            shutil.copyfile(path, folder / FOLDER / path.name)
+            name = path.stem.rpartition(".")[2]
+            copied[-1].append({"file": f"{FOLDER}/{path.name}", "alt": f"{name} in {layer.layer}, {layer.tokens}"})
     return copied
 
 
