@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from elude_runtime.errors import EludeError
 from elude_runtime.offline.evaluation.estimates import Estimate
+from elude_runtime.offline.evaluation.files import plot_stem
 from elude_runtime.offline.evaluation.interventions import FRACTIONS
 from elude_runtime.offline.evaluation.own_sets import CONCEPTS, CONCEPTS_RANDOM_WEIGHTS, OWN, RANDOM_CONCEPTS, SUBUNITS
 from elude_runtime.offline.evaluation.scores import IMG, TOK, SetScores
@@ -72,11 +72,6 @@ def draw(layers: Sequence[LayerResult], folder: Path) -> list[Path]:
                     files.append(folder / f"{stem}.{name}.{ending}")
                     figure.savefig(files[-1], **extra)
     return files
-
-
-def plot_stem(layer: str, tokens: str) -> str:
-    """What the names of a layer's and token type's plots begin with, up to a dot."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{layer}.{tokens}")
 
 
 def _plots(result: LayerResult) -> Iterator[tuple[str, Callable[[Figure, LayerResult], None]]]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FILE, FOLDER = "evaluation.json", "evaluation"
+from elude_runtime.offline.evaluation.files import FILE, FOLDER, plot_stem
+
 _FIRST = "img9"  # the metric that orders the sets, as `elude evaluate` prints them
 
 
@@ -76,8 +77,6 @@ def read_evaluation(folder: Path, checkpoint_sha256: str) -> EvaluationFound:
 
 
 def _layer(layer: Mapping[str, Any], folder: Path) -> EvaluatedLayer:
-    from elude_runtime.offline.evaluation.plots import plot_stem
-
     name, tokens = str(layer["layer"]), str(layer["tokens"])
     columns = [(judge, metric) for judge, metrics in layer["encoders"].items() for metric in metrics]
     sets = sorted(layer["sets"], key=lambda one: _order(one, columns))

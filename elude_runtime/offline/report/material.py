@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from elude_runtime.checkpoint.certificate import Certificate, read_certificate
 from elude_runtime.checkpoint.manifest import Manifest, read_manifest
 from elude_runtime.errors import CheckpointError
+from elude_runtime.offline.evaluation.files import FILE
 from elude_runtime.offline.feature_table import read_table
-from elude_runtime.offline.report.evaluated import FILE, EvaluationFound, read_evaluation
+from elude_runtime.offline.report.evaluated import EvaluationFound, read_evaluation
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,11 +12,12 @@ from typing import Any
 from elude_runtime.analysis.features import CONCEPT
 from elude_runtime.checkpoint.manifest import Manifest
 from elude_runtime.checkpoint.storage import new_directory
+from elude_runtime.offline.evaluation.files import FOLDER
 from elude_runtime.offline.report.data import ReportData
-from elude_runtime.offline.report.evaluated import FOLDER, EvaluationFound
+from elude_runtime.offline.report.evaluated import EvaluationFound
 from elude_runtime.offline.report.hero import hero
 from elude_runtime.offline.report.material import Material, read_material
-from elude_runtime.offline.report.pages import OVERVIEW, Shell, copy_assets, render
+from elude_runtime.offline.report.pages import OVERVIEW, Shell, copy_assets, day, render
 
 MARKER = "assets/theme.js"  # what tells a report from other folders
 
@@ -57,7 +58,7 @@ def write_report(
         copy_assets(folder)
         shell = shell_of(material.manifest, explorer=explorer)
         for name, text in render(shell, contents(material, plots)):
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8", errors="replace")
         megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
     return Written(out / OVERVIEW, len(data.names), data.images, megabytes, material.no_exemplars)
 
@@ -112,4 +113,4 @@ def _copy_plots(found: EvaluationFound, folder: Path) -> list[list[dict[str, str
 
 
 def _made() -> str:
-    return f"report made {datetime.now(UTC):%-d %B %Y}"
+    return f"report made {day(datetime.now(UTC).isoformat()).partition(',')[0]}"

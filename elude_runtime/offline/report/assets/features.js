@@ -197,6 +197,12 @@
     );
   }
 
+  /** What a card is called: pictures have texts of their own. */
+  function spoken(features, row) {
+    const share = features.isLive(row) ? `, ${format.percent(features.data.share[row])} of the variance` : ", dead";
+    return `${features.kind(row)} ${features.short(row)}: ${features.label(row) || "no label"}${share}`;
+  }
+
   /** A feature as a card: both ends, label, name, share. */
   function card(features, row) {
     const dead = !features.isLive(row);
@@ -206,7 +212,7 @@
     ));
     return el(
       "a",
-      { class: dead ? "card feature dead" : "card feature", href: features.href(row), "data-row": row },
+      { class: "card feature", href: features.href(row), "aria-label": spoken(features, row) },
       el("span", { class: "ends" }, strip(features, row, 1), strip(features, row, -1)),
       el(
         "span",

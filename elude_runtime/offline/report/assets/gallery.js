@@ -34,7 +34,10 @@
     if (view.layer) tests.push((row) => features.layer(row).name === view.layer);
     if (view.tokens) tests.push((row) => features.tokens(row) === view.tokens);
     if (view.alive) tests.push((row) => features.isLive(row) === (view.alive === "live"));
-    if (view.labelled) tests.push((row) => (features.label(row) !== "") === (view.labelled === "yes"));
+    if (view.labelled === "no") tests.push((row) => features.label(row) === "");
+    else if (view.labelled) tests.push((row) => features.label(row) !== "");
+    if (view.labelled === "automatic") tests.push((row) => features.isAutomatic(row));
+    if (view.labelled === "user") tests.push((row) => !features.isAutomatic(row));
     const rows = [];
     for (let row = 0; row < features.count; row++) if (tests.every((test) => test(row))) rows.push(row);
     return rows;
