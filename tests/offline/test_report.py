@@ -15,7 +15,7 @@ from report_checkpoint import HOSTILE, LAYER, Made, certificate, checkpoint, eva
 
 from elude_runtime.checkpoint.exemplars import EXEMPLARS_TABLE, read_exemplars
 from elude_runtime.errors import CheckpointError, StorageError
-from elude_runtime.offline.report.data import CHUNK
+from elude_runtime.offline.report.data import CHUNK, without_common_folder
 from elude_runtime.offline.report.pages import feature_address
 from elude_runtime.offline.report.report import write_report
 
@@ -156,6 +156,13 @@ def test_an_evaluation_from_elsewhere(source: Path, tmp_path: Path) -> None:
         (made / name).rename(tmp_path / "elsewhere" / name)
     page = write_report(made, tmp_path / "report", evaluation=tmp_path / "elsewhere").page
     assert "concepts are clearer" in page.read_text("utf-8")
+
+
+def test_images_are_named_from_the_folder_that_tells_them_apart() -> None:
+    names = ["/home/somebody/set/cats/1.jpg", "/home/somebody/set/dogs/1.jpg", "/home/somebody/set/2.jpg"]
+    assert without_common_folder(names) == ["cats/1.jpg", "dogs/1.jpg", "2.jpg"]
+    assert without_common_folder(["a/b.jpg"]) == ["b.jpg"] and without_common_folder([]) == []
+    assert without_common_folder(["b.jpg", "a/b.jpg"]) == ["b.jpg", "a/b.jpg"]
 
 
 def test_a_feature_s_address() -> None:

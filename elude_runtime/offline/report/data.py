@@ -181,11 +181,11 @@ class ReportData:
     def _thumbnails(self) -> dict[str, Any]:
         """Copies the thumbnails of the images that are shown; names, aspects and predictions in columns."""
         (self.folder / THUMBNAILS).mkdir()
-        found: dict[str, list[Any]] = {"name": [], "thumb": [], "aspect": [], "predicted": []}
+        names = without_common_folder([self._image(image).name for image in self._images.place])
+        found: dict[str, list[Any]] = {"name": names, "thumb": [], "aspect": [], "predicted": []}
         for image, place in self._images.place.items():
             known = self._image(image)
             x0, y0, x1, y1 = known.window
-            found["name"].append(known.name)
             found["aspect"].append(_short((x1 - x0) / (y1 - y0)) if x1 > x0 and y1 > y0 else 1)
             found["predicted"].append([[c, _short(p)] for c, p in known.predicted])
             found["thumb"].append(self._copied(known.thumbnail, place))
@@ -204,6 +204,15 @@ class ReportData:
 
     def _write(self, name: str, value: Any) -> None:
         write_data(self.folder, name, value)
+
+
+def without_common_folder(names: Sequence[str]) -> list[str]:
+    """File names without the folders that all of them lie in: a report does not tell where its images lay."""
+    folders = [name.split("/")[:-1] for name in names]
+    depth = 0
+    while folders and all(len(f) > depth and f[depth] == folders[0][depth] for f in folders):
+        depth += 1
+    return ["/".join(name.split("/")[depth:]) for name in names]
 
 
 def write_data(folder: Path, name: str, value: Any) -> None:

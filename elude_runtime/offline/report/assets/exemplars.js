@@ -117,6 +117,7 @@
       document.body.append(dialog);
       show(at);
       dialog.showModal();
+      dialog.scrollTop = 0; // the focus is on the button at its foot
     }
 
     enlarged(e, at, count, show, close) {
