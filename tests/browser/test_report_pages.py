@@ -218,6 +218,25 @@ def test_typing_searches(visits: Visits, full: str) -> None:
     assert "1 features" in page.inner_text("#summary")
 
 
+def test_an_older_address_does_not_undo_what_is_typed(visits: Visits, full: str) -> None:
+    page = visits.open(f"{full}/features.html#q=qu")
+    typed = """() => {
+      Elude.gallery.change();
+      Elude.gallery.keep();
+      const field = document.querySelector('#q');
+      for (const text of ['quer', 'streifen']) {
+        field.value = text;
+        field.dispatchEvent(new Event('input', {bubbles: true}));
+        if (text === 'quer') Elude.gallery.keep();
+      }
+    }"""
+    page.evaluate(typed)
+    page.wait_for_function("() => location.hash === '#q=streifen'")
+    assert page.input_value("#q") == "streifen"
+    page.evaluate("() => { location.hash = '#q=quer'; }")  # as by a link, or a step back
+    page.wait_for_function("() => document.querySelector('#q').value === 'quer'")
+
+
 def test_jumping_from_another_page_searches(visits: Visits, full: str) -> None:
     page = visits.open(f"{full}/index.html")
     page.keyboard.press("/")
@@ -302,6 +321,11 @@ def test_a_sub_unit_beside_its_neuron_and_concepts(visits: Visits, full: str) ->
     joined = page.locator("[data-joined]").count()
     assert 1 <= joined <= 4
     assert page.locator(".split-lines path").count() == 8
+    page.locator("[data-subunit]").first.hover()
+    marked = page.locator(".split-neuron .pointed .mark")
+    row = page.locator("[data-subunit]").first.get_attribute("data-subunit")
+    assert {mark.get_attribute("data-of") for mark in marked.all()} <= {row}
+    assert page.locator(".split-neuron .mark").count() > 4  # some of 24 images are among each sub-unit's nine
     assert page.locator(".split-box.current").count() == 1
     page.locator("[data-joined]").first.click()
     page.wait_for_function(f"() => document.documentElement.dataset.ready !== {json.dumps(SUBUNIT)}")

@@ -118,8 +118,7 @@ class ReportData:
             names = [f"y{k}{s}" for k in range(start, min(start + CHUNK, entry.neurons)) for s in suffixes]
             found = {name: e for name in names if (e := self._exemplars(f"{entry.name}/{name}"))}
             any_neuron = any_neuron or bool(found)
-            if found:
-                self._write(f"y-{place}-{start // CHUNK}", found)
+            self._write(f"y-{place}-{start // CHUNK}", found)
         names = [f"x{j}{s}" for j in range(entry.inputs) for s in suffixes]
         inputs = {name: card for name in names if (card := _card(self._exemplars(f"{entry.name}/{name}"), 1))}
         self._write(f"x-{place}", inputs)

@@ -83,14 +83,15 @@
 
   /** While a sub-unit is pointed at or has the focus, its marks on the neuron's pictures stand out. */
   function pointOut(root) {
-    const show = (event) => {
-      const box = event.target.closest?.("[data-subunit]");
-      const mine = (mark) => box && mark.dataset.of === box.dataset.subunit;
-      root
-        .querySelectorAll(".mark")
-        .forEach((mark) => mark.parentElement.classList.toggle("pointed", Boolean(mine(mark))));
+    const show = (row) => {
+      for (const mark of root.querySelectorAll(".mark")) {
+        mark.parentElement.classList.toggle("pointed", mark.dataset.of === row);
+      }
     };
-    for (const kind of ["pointerover", "pointerleave", "focusin", "focusout"]) root.addEventListener(kind, show);
+    for (const kind of ["pointerover", "focusin"]) {
+      root.addEventListener(kind, (event) => show(event.target.closest("[data-subunit]")?.dataset.subunit));
+    }
+    for (const kind of ["pointerleave", "focusout"]) root.addEventListener(kind, () => show());
   }
 
   function subunitBox(features, { row, concept, part }, current) {
