@@ -122,7 +122,8 @@ class TypePass:
         self.neurons = [
             Ends(rows[part], means[part], TOP, tokens, heat) for part in _parts(state, len(rows), tokens)
         ]  # fmt: skip
-        self.moments = Moments(state.linear.groups * state.linear.inputs * state.linear.positions)
+        columns = state.linear.groups * state.linear.inputs * state.linear.positions
+        self.moments = Moments(columns, state.partition.mean.device)
 
     def add(self, places: Tensor, reads: Tensor, draws: Draws) -> None:
         for block in (*self.blocks, *self.neurons):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elude_runtime.offline.catalogue.answers import Answers
-from elude_runtime.offline.catalogue.automatic_labels import LONGEST, label_text, shown_classes
+from elude_runtime.offline.catalogue.automatic_labels import LONGEST, label_texts, shown_classes
 from elude_runtime.offline.catalogue.best_images import NOWHERE
 from elude_runtime.offline.catalogue.draws import Draws
 
@@ -72,7 +72,9 @@ def test_without_names_or_classes_there_is_nothing_to_say(logits: Tensor) -> Non
 
 def test_the_text_keeps_within_its_length() -> None:
     names = ["great white shark, white shark, man-eater", "x" * 40, "tiger shark", "y" * 90]
-    assert label_text([0, 2, -1], [-1, -1, -1], names) == "great white shark, tiger shark"
-    assert label_text([-1], [0], names) == "↔ great white shark"
-    assert label_text([0, 1, 2], [2], names) == "great white shark ↔ tiger shark"
-    assert len(label_text([3], [-1], names)) == LONGEST
+    positive = torch.tensor([[0, 2, -1], [-1, -1, -1], [0, 1, 2], [3, -1, -1]])
+    negative = torch.tensor([[-1, -1, -1], [0, -1, -1], [2, -1, -1], [-1, -1, -1]])
+    found = label_texts(positive, negative, names)
+    assert found[:2] == ["great white shark, tiger shark", "↔ great white shark"]
+    assert found[2] == "great white shark ↔ tiger shark"
+    assert len(found[3]) == LONGEST
