@@ -14,6 +14,7 @@ from elude_runtime.cli.demo import demo
 from elude_runtime.cli.diff import diff
 from elude_runtime.cli.evaluate import evaluate
 from elude_runtime.cli.explain import explain
+from elude_runtime.cli.explore import explore
 from elude_runtime.cli.health import health
 from elude_runtime.cli.inspect import inspect
 from elude_runtime.cli.layers import layers
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     demo, layers, rewrite, verify, inspect, explain, steer, vector, activations, diff, evaluate, archive,
-    serve, health,
+    serve, explore, health,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(command.__name__)(command)
