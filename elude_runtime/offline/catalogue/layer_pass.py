@@ -1,0 +1,195 @@
+"""What one pass over the images keeps of a layer: the best images of each feature and input, and moments of the inputs.
+
+All activations of a feature are one linear map of what a token reads, so a stretch of features costs one product a
+batch; what is kept is arrays over features, whatever the number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elude_runtime.analysis.features import Feature
+from elude_runtime.analysis.split_state import SplitState
+from elude_runtime.network.tokens import POSITION
+from elude_runtime.offline.catalogue.best_images import BestImages
+from elude_runtime.offline.catalogue.draws import Draws
+from elude_runtime.offline.catalogue.moments import Moments
+from elude_runtime.offline.collect import State, token_inputs
+from elude_runtime.partition.sums import concept_readout, subunit_weight
+
+TOP = 9
+CANDIDATES = 32  # of an end: the top, and what near misses are taken from
+RANDOM = 4
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # calibration quantiles
+_READOUT_FLOATS = 16_000_000  # of a block
+_VALUE_FLOATS = 8_000_000  # activations worked on at once
+_PEAKS = ("positive", "negative", "quantile", "random")
+
+
+@dataclass(frozen=True, eq=False)
+class TypeFeatures:
+    """The features of one layer and token type that vary, in the table's order. rows int64 [F]: of each in the table;
+    std [F]: of its activation; levels [F, 5]: its calibration quantiles at `LEVELS`."""
+
+    token_type: int
+    features: list[Feature]
+    rows: Tensor
+    std: Tensor
+    levels: Tensor
+
+
+class Block:
+    """A stretch of features of one token type: their read-out, and the best images of each.
+
+    readout float32 [F, C], offset [F]: the activations are readout @ reads + offset.
+    """
+
+    def __init__(self, readout: Tensor, offset: Tensor, levels: Tensor, tokens: int, heat: bool) -> None:
+        self.readout, self.offset, self.levels = readout, offset, levels
+        features, heats = len(readout), TOP if heat else 0
+        self.positive = BestImages(features, CANDIDATES, least=0.0, heats=heats, tokens=tokens)
+        self.negative = BestImages(features, CANDIDATES, least=0.0, heats=heats, tokens=tokens)
+        # each level keeps as many as there are levels, so that no two of them need the same image
+        self.quantile = BestImages(features * len(LEVELS), len(LEVELS))
+        self.random = BestImages(features, RANDOM)
+
+    def add(self, places: Tensor, reads: Tensor, draws: Draws, start: int) -> None:
+        """reads [B, T_p, C] of the images at `places`; start: the first token's place on the axis T."""
+        step = max(1, _VALUE_FLOATS // (len(self.readout) * reads.shape[1]))
+        for part in torch.arange(len(places)).split(step):
+            own = slice(int(part[0]), int(part[-1]) + 1)
+            self._add(places[own], reads[own], draws.of(places[own], reads.shape[1]), start)
+
+    def _add(self, places: Tensor, reads: Tensor, draws: tuple[Tensor, Tensor], start: int) -> None:
+        raw = self.readout @ reads.transpose(1, 2)  # [B, F, T_p]
+        high, low = raw.max(2), raw.min(2)
+
+        # adding rounds the same way for every token, so the largest stays the largest
+        largest, smallest = (high.values + self.offset).cpu(), (low.values + self.offset).cpu()
+        highest, lowest = (high.indices + start).cpu(), (low.indices + start).cpu()
+
+        def values(images: Tensor, features: Tensor) -> Tensor:
+            images, features = images.to(raw.device), features.to(raw.device)
+            return (raw[images, features] + self.offset[features, None]).cpu()
+
+        self.positive.add(places, largest, largest, highest, values)
+        self.negative.add(places, -smallest, smallest, lowest, values)
+        priority, token = draws
+        upper = largest >= -smallest
+        self.random.add(
+            places, -priority[:, None].expand_as(largest), torch.where(upper, largest, smallest),
+            torch.where(upper, highest, lowest),
+        )  # fmt: skip
+        images = torch.arange(len(places), device=raw.device)
+        drawn = (raw[images, :, token.to(raw.device)] + self.offset).cpu()
+        spread = drawn[:, :, None].expand(-1, -1, len(LEVELS))
+        away = -(spread - self.levels).abs()
+        tokens = (token[:, None] + start).expand(-1, away[0].numel())
+        self.quantile.add(places, away.flatten(1), spread.flatten(1), tokens)
+
+    def state(self) -> State:
+        return {name: getattr(self, name).state() for name in _PEAKS}
+
+    def restore(self, state: State) -> None:
+        for name, kept in state.items():
+            getattr(self, name).restore(kept)
+
+
+class TypePass:
+    """One token type of a layer."""
+
+    def __init__(self, state: SplitState, own: TypeFeatures) -> None:
+        self.own, self.start = own, state.layout.slices[own.token_type].start
+        tokens = state.layout.slices[own.token_type].stop - self.start
+        heat = own.token_type == POSITION and state.layout.grid is not None
+        self.blocks = [
+            Block(*readouts(state, own.features[part]), own.levels[part], tokens, heat)
+            for part in _parts(state, len(own.features), tokens)
+        ]
+        self.moments = Moments(state.linear.groups * state.linear.inputs * state.linear.positions)
+
+    def add(self, places: Tensor, reads: Tensor, draws: Draws) -> None:
+        for block in self.blocks:
+            block.add(places, reads, draws, self.start)
+        self.moments.add(reads)
+
+    def state(self) -> State:
+        return {"blocks": [b.state() for b in self.blocks], "moments": self.moments.state()}
+
+    def restore(self, state: State) -> None:
+        for block, kept in zip(self.blocks, state["blocks"], strict=True):
+            block.restore(kept)
+        self.moments.restore(state["moments"])
+
+
+class LayerPass:
+    """All live token types of a layer, and its input channels at the tokens of the first of them."""
+
+    def __init__(self, state: SplitState, types: Sequence[TypeFeatures]) -> None:
+        self.split = state
+        self.types = [TypePass(state, own) for own in types]
+        self.input_type = types[0].token_type
+        span = state.layout.slices[self.input_type]
+        heat = self.input_type == POSITION and state.layout.grid is not None
+        channels = state.linear.groups * state.linear.inputs
+        self.inputs = BestImages(channels, TOP, least=0.0, heats=TOP if heat else 0, tokens=span.stop - span.start)
+
+    def add(self, places: Tensor, x: Tensor, draws: Draws) -> None:
+        """x [B, ...]: the layer's input on the images at `places`."""
+        for images, reads in token_inputs(self.split.linear, x):
+            for one in self.types:
+                own = reads[:, self.split.layout.slices[one.own.token_type]]
+                one.add(places[images], own.flatten(2), draws)
+                if one.own.token_type == self.input_type:
+                    self._add_inputs(places[images], own.flatten(2, 3).amax(3), one.start)
+
+    def _add_inputs(self, places: Tensor, channels: Tensor, start: int) -> None:
+        """channels [B, T_p, G * n]: the largest that a token reads of each."""
+        by_channel = channels.transpose(1, 2).contiguous()
+        high = by_channel.max(2)
+        largest, tokens = high.values.cpu(), (high.indices + start).cpu()
+        self.inputs.add(places, largest, largest, tokens, lambda images, own: by_channel[images, own].cpu())
+
+    def best(self) -> Iterator[BestImages]:
+        yield self.inputs
+        for one in self.types:
+            for block in one.blocks:
+                yield from (getattr(block, name) for name in _PEAKS)
+
+    def state(self) -> State:
+        return {"types": [t.state() for t in self.types], "inputs": self.inputs.state()}
+
+    def restore(self, state: State) -> None:
+        for one, kept in zip(self.types, state["types"], strict=True):
+            one.restore(kept)
+        self.inputs.restore(state["inputs"])
+
+
+def readouts(state: SplitState, features: Sequence[Feature]) -> tuple[Tensor, Tensor]:
+    """(read-outs [F, C], offsets [F]) of features of one token type, concepts first."""
+    (token_type,) = {f.token_type for f in features}
+    linear, partition = state.linear, state.partition
+    rows, offsets = [], []
+    slots = torch.tensor([state.slot(f) for f in features], device=partition.mean.device)
+    concepts = sum(f.neuron is None for f in features)
+    if concepts:
+        readout, offset = concept_readout(linear.weight(), partition, token_type, linear.groups)
+        rows.append(readout[slots[:concepts]])
+        offsets.append(offset[slots[:concepts]])
+    if concepts < len(features):
+        neurons = torch.tensor([f.neuron for f in features[concepts:]], device=slots.device)
+        own = slots[concepts:]
+        rows.append(subunit_weight(linear.weight(), partition, token_type, neurons, own, linear.groups))
+        offsets.append(-partition.mean[token_type, neurons, own])
+    return torch.cat(rows).flatten(1).contiguous(), torch.cat(offsets)
+
+
+def _parts(state: SplitState, features: int, tokens: int) -> list[slice]:
+    """Stretches of features whose read-outs, and whose activations on one image, are not too many."""
+    columns = state.linear.groups * state.linear.inputs * state.linear.positions
+    step = max(1, min(_READOUT_FLOATS // columns, _VALUE_FLOATS // tokens))
+    return [slice(start, min(start + step, features)) for start in range(0, features, step)]
