@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import threading
 import webbrowser
@@ -37,7 +36,9 @@ def explore(
         Path | None, typer.Option("--key-file", help="key_file.json of that server, in place of --token.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model name in the URL; default: as of `elude archive`.")] = None,
-    port: Annotated[int | None, typer.Option(help="The explorer's own port; default: a free one.", min=1, max=65535)] = None,
+    port: Annotated[
+        int | None, typer.Option(help="The explorer's own port; default: a free one.", min=1, max=65535)
+    ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds until the started server must be ready.")] = 300.0,
     trust_factory: Annotated[
@@ -53,8 +54,8 @@ def explore(
     from elude_runtime.explore.pages import write_pages
     from elude_runtime.explore.served import ServedModel
 
-    if url is None and (token or key_file) and not os.environ.get("ELUDE_TOKEN"):
-        raise EludeError("--token and --key-file belong to a server that runs; give its address with --url.")
+    if url is None and key_file is not None:
+        raise EludeError("--key-file belongs to a server that runs; give its address with --url.")
     material = Material(checkpoint)
     name = model or default_name(checkpoint)
     with (

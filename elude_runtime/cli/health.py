@@ -112,7 +112,9 @@ def read_key_file(file: Path) -> dict[str, str]:
     """The keys in TorchServe's key_file.json, by purpose. ServerError where it cannot be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return {purpose: entry["key"] for purpose, entry in content.items() if isinstance(entry, dict) and "key" in entry}
+        return {
+            purpose: entry["key"] for purpose, entry in content.items() if isinstance(entry, dict) and "key" in entry
+        }
     except (OSError, ValueError, AttributeError) as error:
         raise ServerError(f"{file} cannot be read as a key file: {error}") from error
 

@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from elude_runtime.api.problems import invalid_document
-from elude_runtime.api.schema.base import Document, Name
+from elude_runtime.api.schema.base import LONGEST_LIST, Document, FeatureName, Name
 from elude_runtime.api.schema.json_text import JSONError, parse_json
 from elude_runtime.api.schema.operations import FeaturesRequest
 from elude_runtime.api.schema.reply import ProblemDocument
@@ -44,6 +44,12 @@ class Ask(Document):
 
     image: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     request: Request
+
+
+class OfFeatures(Document):
+    """Features whose faces are wanted."""
+
+    features: Annotated[list[FeatureName], Field(max_length=LONGEST_LIST)]
 
 
 class NewPolicy(Document):
@@ -96,6 +102,7 @@ def _application(explorer: Explorer) -> Starlette:
             Route("/api/images", service.image, methods=["POST"]),
             Route("/api/ask", service.ask, methods=["POST"]),
             Route("/api/features", service.features, methods=["POST"]),
+            Route("/api/exemplars", service.exemplars, methods=["POST"]),
             Route("/api/policies", service.policy, methods=["POST"]),
             Mount("/", _Pages(directory=explorer.pages, html=True)),
         ],
@@ -171,6 +178,11 @@ class _Service:
 
     async def features(self, request: WebRequest) -> Response:
         return _response(await self._served.features(await _document(request, FeaturesRequest)))
+
+    async def exemplars(self, request: WebRequest) -> Response:
+        """What the catalogue knows of features: label, and the images at both ends."""
+        wish = await _document(request, OfFeatures)
+        return JSONResponse({name: self._material.face(name) for name in wish.features})
 
     async def policy(self, request: WebRequest) -> Response:
         """Stores a policy beside the checkpoint, after the served model has carried it out once."""

@@ -23,7 +23,9 @@ def loopback_socket(port: int | None = None) -> socket.socket:
         listening.bind((HOST, port or 0))
     except OSError as error:
         listening.close()
-        raise ServerError(f"Port {port} of {HOST} cannot be used ({error.strerror}); give another with --port.") from error
+        raise ServerError(
+            f"Port {port} of {HOST} cannot be used ({error.strerror}); give another with --port."
+        ) from error
     return listening
 
 

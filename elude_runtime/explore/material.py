@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from elude_runtime.checkpoint.catalogue import FeatureCatalogue, read_catalogue
+from elude_runtime.checkpoint.exemplars import NEGATIVE, POSITIVE, TOP, Exemplars, read_exemplars
 from elude_runtime.checkpoint.manifest import Manifest, read_manifest
 from elude_runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from elude_runtime.checkpoint.exemplars import CatalogueImage, Exemplars
 
 _SAMPLES = 24
 
@@ -22,11 +21,15 @@ class Material:
         self.checkpoint = checkpoint
         self.manifest: Manifest = read_manifest(checkpoint)
         self.catalogue_missing: str | None = None
-        self._samples: dict[int, CatalogueImage] = {}
+        self._exemplars: Exemplars | None = None
         try:
-            self._samples = _samples(_exemplars(checkpoint))
+            self._exemplars = read_exemplars(checkpoint)
         except CheckpointError as error:
             self.catalogue_missing = str(error)
+        try:
+            self._features: FeatureCatalogue | None = read_catalogue(checkpoint)
+        except CheckpointError:
+            self._features = None  # the served archive may have its own
 
     @property
     def partition_sha256(self) -> str:
@@ -52,22 +55,52 @@ class Material:
                     "name": layer.name,
                     "grid": layer.grid,
                     "prefix": layer.prefix,
-                    "token_types": [{"name": t.name, "live": t.live, "concepts": t.concepts} for t in layer.token_types],
+                    "token_types": [
+                        {"name": t.name, "live": t.live, "concepts": t.concepts} for t in layer.token_types
+                    ],
                     "auto": layer.attribution.auto,
                 }
                 for layer in manifest.layers
             ],
-            "samples": [
-                {"number": number, "name": Path(image.name).name, "predicted": [c for c, _ in image.predicted[:1]]}
-                for number, image in self._samples.items()
-            ],
+            "samples": [self._image(number) for number in self._spread()],
             "catalogue_missing": self.catalogue_missing,
         }
 
+    def face(self, feature: str) -> dict[str, Any]:
+        """A feature's label and its top images at either end, the most active first, as the page reads them."""
+        facts = self._features.facts(feature) if self._features else None
+        tops = [one for one in self._exemplars.of(feature) if one.role == TOP] if self._exemplars else []
+        tops.sort(key=lambda one: one.rank)
+        return {
+            "label": facts.label if facts else None,
+            "ends": {
+                end: [{**self._image(one.image), "token": one.token} for one in tops if one.end == end]
+                for end in (POSITIVE, NEGATIVE)
+            },
+        }
+
     def sample(self, number: int) -> Path | None:
-        """The thumbnail file of an exemplar image that the page offers."""
-        image = self._samples.get(number)
+        """The thumbnail file of an image of the catalogue."""
+        image = self._exemplars.images.get(number) if self._exemplars else None
         return image.thumbnail if image and image.thumbnail and image.thumbnail.is_file() else None
+
+    def _spread(self) -> list[int]:
+        """Some images with a thumbnail, spread over all of them."""
+        images = self._exemplars.images if self._exemplars else {}
+        shown = [number for number in sorted(images) if images[number].thumbnail is not None]
+        return shown[:: max(1, len(shown) // _SAMPLES)][:_SAMPLES]
+
+    def _image(self, number: int) -> dict[str, Any]:
+        """An image of the catalogue; aspect: width over height of what the model saw; path: None without a picture."""
+        assert self._exemplars is not None
+        image = self._exemplars.images[number]
+        x0, y0, x1, y1 = image.window
+        return {
+            "number": number,
+            "name": Path(image.name).name,
+            "aspect": (x1 - x0) / (y1 - y0) if y1 > y0 else 1.0,
+            "path": str(image.thumbnail) if image.thumbnail else None,
+        }
 
     def save_policy(self, name: str, document: dict[str, Any]) -> bool:
         """Puts a policy beside the checkpoint; whether it took the place of one of its name. EludeError as of
@@ -75,18 +108,3 @@ class Material:
         from elude_runtime.checkpoint.policies import save_policy  # brings torch along
 
         return save_policy(self.checkpoint, name, document)
-
-
-def _exemplars(checkpoint: Path) -> Exemplars:
-    try:
-        from elude_runtime.checkpoint.exemplars import read_exemplars
-    except ModuleNotFoundError as error:  # pragma: no cover - while the catalogue is built
-        raise CheckpointError("There is no catalogue.") from error
-    return read_exemplars(checkpoint)
-
-
-def _samples(exemplars: Exemplars) -> dict[int, CatalogueImage]:
-    """Some images with a thumbnail, spread over all of them."""
-    shown = [number for number, image in sorted(exemplars.images.items()) if image.thumbnail is not None]
-    step = max(1, len(shown) // _SAMPLES)
-    return {number: exemplars.images[number] for number in shown[::step][:_SAMPLES]}

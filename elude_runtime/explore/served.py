@@ -132,4 +132,3 @@ def _first(detail: str) -> str:
     """The server's own words in a problem of the client, which come after its advice."""
     said = detail.partition("It said: ")[2] or detail
     return said if said.endswith(".") else f"{said}."
-

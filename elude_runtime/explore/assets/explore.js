@@ -10,7 +10,7 @@ import { Predictions, rowsOf } from "./predictions.js";
 import { editsOf, explanationRequest, predictionRequest, TOP_K } from "./requests.js";
 import { decode, Stage } from "./stage.js";
 
-const { el, format, fromHash } = window.Elude;
+const { el, format, fromHash, pictures } = window.Elude;
 const SHOWN_CLASSES = 5;
 const POLL = 2000; // milliseconds between looks whether a server is back
 
@@ -30,13 +30,15 @@ class Explorer {
     this.explained = null; // the newest explanation, with the view it was drawn on
     this.embedding = null; // of the image, where the model has no classes
     this.recovering = 0;
+    this.turn = 0; // grows with every image
+    this.drawing = 0; // grows with every explanation to be drawn
 
     this.notices = new Notices($("notices"));
     this.stage = new Stage($("stage"), (box) => this.#setScope({ kind: "box", box }));
     this.predictions = new Predictions($("answer"), (index) => this.#setTarget(index));
     this.features = new Features($("features"), {
       onSteer: (feature, factor) => this.#steer(feature, factor),
-      onLook: (heat, shown) => this.#look(heat, shown),
+      onLook: (heat, name, prefix) => this.#look(heat, name, prefix),
       onRemove: (feature) => this.#remove(feature),
     });
     this.copy = new CopyPanel($("copy"));
@@ -101,7 +103,7 @@ class Explorer {
     this.predicting.cancel();
     this.explaining.cancel();
     this.notices.clear("image", "predicting", "explaining");
-    const turn = (this.turn = (this.turn ?? 0) + 1);
+    const turn = ++this.turn;
     let bitmap;
     try {
       bitmap = await decode(file);
@@ -112,11 +114,13 @@ class Explorer {
     if (turn !== this.turn) return; // a newer image was chosen meanwhile
     this.image = { file, name, note, path, bitmap, sent: null };
     this.reply = this.explained = this.embedding = null;
+    this.drawing++;
     this.scope.box = null;
     this.stage.show(this.image);
     this.predictions.clear();
     this.features.show({ added: [], groups: [], view: null, layers: [], factors: this.factors, value: null });
     document.body.classList.add("has-image");
+    $("seeing").append($("samples"));
     this.#say();
     this.#draw();
     this.#askAll();
@@ -154,13 +158,20 @@ class Explorer {
 
   async #explainedBy({ reply }) {
     this.notices.clear("explaining");
-    const view = await this.stage.view(reply.input);
+    const turn = ++this.drawing;
+    const groups = groupsOf(reply, this.checkpoint.layers);
+    const added = addedOf(reply, this.checkpoint.layers);
+    const shown = [...added, ...groups.flatMap((group) => group.features)];
+    const names = { features: shown.map((f) => f.feature) };
+    const [view, faces] = await Promise.all([this.stage.view(reply.input), post("api/exemplars", names).catch(() => ({}))]);
+    if (turn !== this.drawing) return URL.revokeObjectURL(view.thumb); // a newer explanation, or image
     if (this.explained) URL.revokeObjectURL(this.explained.view.thumb);
     this.explained = { reply, view };
+    for (const one of shown) one.face = faces[one.feature];
     const [first] = reply.explanations;
     this.features.show({
-      added: addedOf(reply, this.checkpoint.layers),
-      groups: groupsOf(reply, this.checkpoint.layers),
+      added,
+      groups,
       view,
       layers: this.checkpoint.layers,
       factors: this.factors,
@@ -244,9 +255,10 @@ class Explorer {
   }
 
   /** Look at a feature's heat over the whole image. */
-  #look(heat, shown) {
+  #look(heat, name, prefix) {
     this.stage.lookAt(heat);
-    $("looking").textContent = shown ? (heat ? `Where ${shown.label || shown.feature} is active` : `${shown.label || shown.feature} has no place in the image`) : ""; // prettier-ignore
+    const said = heat ? [name, pictures.scale(heat.largest)] : [`${name}: ${prefix ? "on the class token" : "no place in the image"}`];
+    $("looking").replaceChildren(...(name ? said : []));
   }
 
   // --- what is drawn ---------------------------------------------------------------------------------------------------
@@ -275,7 +287,7 @@ class Explorer {
     const steering = edits.length + this.policies.length > 0;
     $("reset").disabled = $("save").disabled = !steering;
     $("save").disabled = !edits.length;
-    $("steered-count").textContent = edits.length ? `${edits.length} steered` : "";
+    $("reset").textContent = edits.length ? `Reset (${edits.length})` : "Reset";
     if (this.reply) {
       // An answer that is steered by what was just taken back is not shown as if it still were.
       const inForce = this.reply.answer.policies.length > 0;
@@ -417,11 +429,12 @@ class Explorer {
   async #fromAddress() {
     const feature = new URLSearchParams(fromHash()).get("feature");
     if (!feature) return;
-    const own = await post("api/exemplars", { feature }).catch(() => ({ samples: [] }));
+    const { [feature]: face } = await post("api/exemplars", { features: [feature] }).catch(() => ({}));
     this.#add(feature);
-    if (!own.samples.length) return;
-    this.#samples(own.samples, `Images where ${own.label || feature} is most active:`);
-    if (!this.image) await this.#useSample(own.samples[0]);
+    const own = Object.values(face?.ends ?? {}).flat().filter((one) => one.path);
+    if (!own.length) return;
+    this.#samples(own, `Images where ${face.label || feature} is most active:`);
+    if (!this.image) await this.#useSample(own[0]);
   }
 }
 

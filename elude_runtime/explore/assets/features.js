@@ -12,7 +12,18 @@ export const [LEAST, MOST, STEP] = [-2, 3, 0.1];
  * @property {number | null} activation
  * @property {number | null} token
  * @property {{values: number[], grid: [number, number], largest: number} | null} heat
+ * @property {Face} [face]
  */
+
+/**
+ * @typedef {Object} Face what the catalogue knows of a feature
+ * @property {string | null} label
+ * @property {{positive: Exemplar[], negative: Exemplar[]}} ends
+ *
+ * @typedef {{number: number, name: string, aspect: number, path: string | null, token: number}} Exemplar
+ */
+
+const FACES = 4; // exemplars beside a feature
 
 /** The features of a reply's first explanation, by layer. @returns {Array<{layer: object, features: Shown[]}>} */
 export function groupsOf(reply, layers) {
@@ -53,7 +64,8 @@ export class Features {
    * @param {HTMLElement} place
    * @param {Object} listeners
    * @param {(feature: string, factor: number) => void} listeners.onSteer
-   * @param {(heat: Shown["heat"], shown: Shown | null) => void} listeners.onLook  a feature is pointed at, or none any more
+   * @param {(heat: Shown["heat"], name: string, prefix: boolean) => void} listeners.onLook
+   *   a feature is pointed at, or none any more; prefix: it lives on class and register tokens
    * @param {(feature: string) => void} listeners.onRemove  a feature of the user's choice is taken off the list
    */
   constructor(place, { onSteer, onLook, onRemove }) {
@@ -109,10 +121,11 @@ export class Features {
   #row(shown, layer, view, largest, removable) {
     const { feature, heat } = shown;
     const short = feature.slice(layer.name.length + 1);
-    const name = shown.label || short;
+    const name = shown.face?.label || shown.label || short;
+    const others = faces(shown, layer);
     const picture = heat
       ? pictures.picture(view, { layer: { grid: heat.grid, prefix: layer.prefix }, token: shown.token, mode: "heat", ...heat, alt: `Where ${name} is active` })
-      : el("span", { class: "picture nowhere" }, el("span", null, isPrefix(feature, layer) ? "class token" : "no place in the image")); // prettier-ignore
+      : el("div", { class: "nowhere" }, others ?? el("span", null, isPrefix(feature, layer) ? "class token" : "no place in the image")); // prettier-ignore
     const slider = el("input", {
       type: "range", min: LEAST, max: MOST, step: STEP, value: 1, "aria-label": `Factor of ${name}`,
       oninput: (event) => this.onSteer(feature, Number(event.target.value)),
@@ -128,38 +141,54 @@ export class Features {
         el(
           "div",
           { class: "title" },
-          el("a", { class: shown.label ? "label" : "mono", href: `feature.html${hash(feature)}`, title: `${feature}: its page` }, name),
-          shown.label && el("span", { class: "mono faint small" }, short),
+          el("a", { class: name !== short ? "label" : "mono", href: `feature.html${hash(feature)}`, title: `${feature}: its page` }, name),
+          name !== short && el("span", { class: "mono faint small" }, short),
           removable && el("button", { type: "button", class: "button link small remove", onclick: () => this.onRemove(feature) }, "remove"),
         ), // prettier-ignore
         shown.attribution !== null &&
           el("div", { class: "share" }, charts.bar(shown.attribution, largest, true), el("span", { class: `number ${sign(shown.attribution)}` }, format.signed(shown.attribution))), // prettier-ignore
         el("p", { class: "small faint number" }, where(shown, layer)),
+        heat && others,
       ),
       el(
         "div",
         { class: "steer" },
         el("button", { type: "button", class: "button small ablate", "aria-pressed": "false", onclick: () => this.onSteer(feature, (this.factors.get(feature) ?? 1) === 0 ? 1 : 0) }, "Ablate"), // prettier-ignore
-        el("span", { class: "slide" }, slider),
+        el("span", { class: "slide" }, el("i", { "aria-hidden": "true" }), slider),
         el("output", { class: "factor number" }),
         el("button", { type: "button", class: "button link small reset", title: "As it is", onclick: () => this.onSteer(feature, 1) }, "reset"), // prettier-ignore
       ),
     );
-    const look = () => this.onLook(heat, shown);
+    const look = () => this.onLook(heat, name, isPrefix(feature, layer));
     row.addEventListener("pointerenter", look);
     row.addEventListener("focusin", look);
-    row.addEventListener("pointerleave", () => row.contains(document.activeElement) || this.onLook(null, null));
-    row.addEventListener("focusout", () => this.onLook(null, null));
+    row.addEventListener("pointerleave", () => row.contains(document.activeElement) || this.onLook(null, "", false));
+    row.addEventListener("focusout", () => this.onLook(null, "", false));
     this.rows.set(feature, row);
     setFactor(row, this.factors.get(feature) ?? 1);
     return row;
   }
 }
 
+/** Where else the feature is as it is here: exemplars of the end that its activation points to. */
+function faces(shown, layer) {
+  const end = shown.activation < 0 ? "negative" : "positive";
+  const found = (shown.face?.ends[end] ?? []).filter((one) => one.path).slice(0, FACES);
+  if (!found.length) return null;
+  const pictured = found.map((one) =>
+    pictures.picture({ thumb: `api/samples/${one.number}`, aspect: one.aspect }, { layer, token: one.token, alt: one.name }),
+  );
+  return el("div", { class: "faces", title: `Images where it is most ${end}` }, pictured);
+}
+
 function setFactor(row, factor) {
   const slider = row.querySelector('input[type="range"]');
   if (Number(slider.value) !== factor) slider.value = String(factor);
   slider.setAttribute("aria-valuetext", factor === 0 ? "ablated" : factor === 1 ? "as it is" : `times ${format.number(factor)}`);
+  const [low, high] = [Math.min(1, factor), Math.max(1, factor)].map((value) => (value - LEAST) / (MOST - LEAST));
+  const way = row.querySelector(".slide i").style; // between the middle of the thumb at either end
+  way.left = `calc(0.55rem + (100% - 1.1rem) * ${low})`;
+  way.width = `calc((100% - 1.1rem) * ${high - low})`;
   row.querySelector(".factor").textContent = factor === 0 ? "ablated" : `× ${factor.toFixed(1).replace("-", "\u2212")}`;
   row.querySelector(".ablate").setAttribute("aria-pressed", String(factor === 0));
   row.classList.toggle("changed", factor !== 1);
@@ -173,8 +202,9 @@ function facts(layer, value) {
 
 function where(shown, layer) {
   const at = shown.token === null ? null : pictures.place(layer, shown.token);
-  const place = at ? `row ${at[0] + 1}, column ${at[1] + 1}` : `token ${shown.token}`;
-  return `activation ${format.signed(shown.activation)} at ${place}`;
+  const prefix = layer.prefix === 1 ? "on the class token" : `on prefix token ${shown.token}`;
+  const place = at ? `at row ${at[0] + 1}, column ${at[1] + 1}` : shown.token < layer.prefix ? prefix : `at token ${shown.token}`;
+  return `activation ${format.signed(shown.activation)} ${place}`;
 }
 
 function sign(value) {

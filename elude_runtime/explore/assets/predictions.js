@@ -36,6 +36,11 @@ function logSum([first]) {
   return first.logit - Math.log(first.probability);
 }
 
+/** A probability with a decimal, so that a small step of a slider shows. */
+function share(probability) {
+  return probability > 0 && probability < 0.0005 ? "< 0.1 %" : `${(100 * probability).toFixed(1)} %`;
+}
+
 export class Predictions {
   /**
    * @param {HTMLElement} place
@@ -91,7 +96,7 @@ export class Predictions {
     }
     const before = reply.predictions[0];
     const after = reply.steered?.predictions[0];
-    const said = (p) => [el("strong", null, p.label ?? `class ${p.index}`), " ", el("span", { class: "number" }, format.percent(p.probability))]; // prettier-ignore
+    const said = (p) => [el("strong", null, p.label ?? `class ${p.index}`), " ", el("span", { class: "number" }, share(p.probability))]; // prettier-ignore
     this.head.replaceChildren(
       ...el("p", null, after ? [el("span", { class: "was" }, said(before)), el("span", { class: "arrow" }, " → "), el("span", { class: "now" }, said(after))] : said(before)).childNodes, // prettier-ignore
     );
@@ -131,7 +136,7 @@ function fill(item, row, steered, isTarget) {
   const [before, after] = item.querySelectorAll(".two-values span");
   first.style.width = `${100 * (row.before ?? 0)}%`;
   second.style.width = `${100 * (steered ? (row.after ?? 0) : 0)}%`;
-  before.textContent = row.before === null ? "" : format.percent(row.before);
-  after.textContent = steered && row.after !== null ? format.percent(row.after) : "";
+  before.textContent = row.before === null ? "" : share(row.before);
+  after.textContent = steered && row.after !== null ? share(row.after) : "";
   item.classList.toggle("target", isTarget);
 }
