@@ -7,7 +7,7 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,7 +61,7 @@ def explore(
     with (
         tempfile.TemporaryDirectory(prefix="elude-explore-") as scratch,
         loopback_socket(port) as listening,
-        _server(material, Path(scratch), name, url, trust_factory) as own,
+        own_server(material, Path(scratch), name, trust_factory=trust_factory) if url is None else nullcontext() as own,
     ):
         with console.status("Rendering the pages"):
             write_pages(checkpoint, Path(scratch) / "pages")
@@ -86,13 +86,8 @@ def explore(
 
 
 @contextmanager
-def _server(
-    material: Material, scratch: Path, name: str, url: str | None, trust_factory: bool
-) -> Iterator[Server | None]:
-    """A TorchServe of our own on an archive of the checkpoint, started and not yet ready; None with a `url`."""
-    if url is not None:
-        yield None
-        return
+def own_server(material: Material, scratch: Path, name: str, *, trust_factory: bool = False) -> Iterator[Server]:
+    """A TorchServe of our own on an archive of the checkpoint, started and not yet ready."""
     from elude_runtime.cli.archive import build_archive
     from elude_runtime.cli.torchserve import Server
 

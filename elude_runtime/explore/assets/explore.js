@@ -115,8 +115,8 @@ class Explorer {
     this.image = { file, name, note, path, bitmap, sent: null };
     this.reply = this.explained = this.embedding = null;
     this.drawing++;
-    this.scope.box = null;
     this.stage.show(this.image);
+    this.#drawScope({ ...this.scope, box: null }); // it was drawn on the image before
     this.predictions.clear();
     this.features.show({ added: [], groups: [], view: null, layers: [], factors: this.factors, value: null });
     document.body.classList.add("has-image");
@@ -216,6 +216,11 @@ class Explorer {
   }
 
   #setScope(scope) {
+    this.#drawScope(scope);
+    this.#changed();
+  }
+
+  #drawScope(scope) {
     this.scope = scope;
     this.stage.setBox(scope.kind === "box", scope.box);
     $("box-hint").hidden = scope.kind !== "box" || Boolean(scope.box);
@@ -223,7 +228,6 @@ class Explorer {
     for (const [i, field] of [...$("box-fields").querySelectorAll("input")].entries()) {
       field.value = scope.box ? Math.round(100 * scope.box[i]) : "";
     }
-    this.#changed();
   }
 
   #setTarget(index) {
