@@ -82,17 +82,20 @@ def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 @contextmanager
-def new_directory(out: Path, *, force: bool = False, within: Path | None = None) -> Iterator[Path]:
+def new_directory(
+    out: Path, *, force: bool = False, within: Path | None = None, marker: str = MANIFEST, what: str = "a checkpoint"
+) -> Iterator[Path]:
     """A temporary directory beside `out` that takes its name when the block ends well, and is gone otherwise.
 
-    within: where it is made instead, a directory on the same disk. StorageError for an existing `out` (unless force: it
+    within: where it is made instead, a directory on the same disk; marker: a file that every such directory has, so that
+    nothing else is replaced; what: it is, for the message. StorageError for an existing `out` (unless force: it
     is replaced only at the end) or a disk that refuses.
     """
     out = out.absolute()
     within = within or out.parent
     try:
-        if force and out.exists() and not ((out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))):
-            raise StorageError(f"{out} is not a checkpoint, so --force does not replace it; choose another --out.")
+        if force and out.exists() and not ((out / marker).is_file() or (out.is_dir() and not any(out.iterdir()))):
+            raise StorageError(f"{out} is not {what}, so --force does not replace it; choose another --out.")
         if out.exists() and not force:
             raise StorageError(f"{out} is already there; choose another --out, or --force to replace it.")
         within.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from elude_runtime.cli.health import health
 from elude_runtime.cli.inspect import inspect
 from elude_runtime.cli.layers import layers
 from elude_runtime.cli.policy import policy
+from elude_runtime.cli.report import report
 from elude_runtime.cli.rewrite import rewrite
 from elude_runtime.cli.serve import serve
 from elude_runtime.cli.steer import steer
@@ -33,8 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, layers, rewrite, verify, inspect, explain, steer, vector, activations, diff, evaluate, archive,
-    serve, explore, health,
+    demo, layers, rewrite, verify, inspect, explain, steer, vector, activations, diff, evaluate, report, explore,
+    archive, serve, health,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(command.__name__)(command)

@@ -20,6 +20,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show a checkpoint, or one of its features."""
+    from elude_runtime.checkpoint.certificate import read_certificate
     from elude_runtime.checkpoint.manifest import read_manifest
     from elude_runtime.offline.feature_table import read_table
 
@@ -28,7 +29,7 @@ def inspect(
     if feature is not None:
         _feature(feature, rows, as_json)
         return
-    certificate = _certificate(checkpoint, manifest.checkpoint_sha256)
+    certificate = read_certificate(checkpoint, manifest.checkpoint_sha256).sentence
     concepts = [r for r in rows if r["kind"] == "concept"]
     concepts.sort(key=lambda r: -r["share"])
     if as_json:
@@ -83,18 +84,3 @@ def _feature(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:
         console.print(f"  member     {member['feature']}  {member['size']} edges, share {member['share']:.2%}")
     if len(members) > 10:
         console.print(f"  … and {len(members) - 10} more; --json lists them all")
-
-
-def _certificate(checkpoint: Path, digest: str) -> str:
-    from elude_runtime.offline.verify import VERIFICATION
-
-    try:
-        document = json.loads((checkpoint / VERIFICATION).read_text(encoding="utf-8"))
-        if document["checkpoint_sha256"] != digest:
-            return "verification.json belongs to another checkpoint"
-        made = str(document["made"])[:10]
-        return f"verified {made} on {document['images']} images" if document["holds"] else f"verification FAILED {made}"
-    except FileNotFoundError:
-        return "not verified yet (elude verify)"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "verification.json is damaged"

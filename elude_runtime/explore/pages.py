@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 from elude_runtime.checkpoint.manifest import read_manifest
+from elude_runtime.offline.report.pages import environment
+from elude_runtime.offline.report.report import shell_of, write_report
 
 PAGE = "explore.html"
-_PACKAGE = "elude_runtime.explore"
+_PACKAGE, _ASSETS = "elude_runtime.explore", "assets/explore"
 
 
 def write_pages(checkpoint: Path, folder: Path) -> None:
-    """Renders the report and the explorer's page into a folder that is not there yet.
-
-    EludeError as of `write_report`.
-    """
-    from elude_runtime.offline.report.pages import Shell, copy_assets, environment
-
-    manifest = read_manifest(checkpoint)
-    folder.mkdir()
-    copy_assets(folder)
-    shell = Shell(
-        manifest.model.name,
-        manifest.checkpoint_sha256,
-        "dev",
-        connect="'self'",
-        styles=("base.css", "parts.css", "explore/explore.css"),
-        scripts=("assets/core.js", "assets/pictures.js", "assets/charts.js"),
-    )
+    """Renders the report and the explorer's page into a folder that is not there yet. EludeError as of
+    `write_report`."""
+    write_report(checkpoint, folder, explorer=True)
+    shell = shell_of(read_manifest(checkpoint), explorer=True)
+    shell = replace(shell, styles=(*shell.styles, "explore/explore.css"))
     page = environment(_PACKAGE).get_template(f"{PAGE}.jinja")
-    text = page.render(shell=shell, page=PAGE, nonce=secrets.token_urlsafe(16))
+    text = page.render(shell=shell, page=PAGE, nonce=secrets.token_urlsafe(16), checkpoint=str(checkpoint))
     (folder / PAGE).write_text(text, encoding="utf-8")
-    (folder / "index.html").write_text(text, encoding="utf-8")
-    own = folder / "assets" / "explore"
-    own.mkdir()
+    (folder / _ASSETS).mkdir()
     for item in (files(_PACKAGE) / "assets").iterdir():
-        (own / item.name).write_bytes(item.read_bytes())
+        (folder / _ASSETS / item.name).write_bytes(item.read_bytes())

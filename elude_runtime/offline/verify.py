@@ -21,6 +21,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from elude_runtime.analysis.model import EludeModel, build_base
+from elude_runtime.checkpoint.certificate import VERIFICATION
 from elude_runtime.checkpoint.manifest import Manifest, read_manifest
 from elude_runtime.checkpoint.storage import (
     CALIBRATION_TENSOR,
@@ -41,7 +42,6 @@ from elude_runtime.offline.images import ImageSource, Progress
 from elude_runtime.partition import Partition
 from elude_runtime.partition.sums import concept_weight, wide_weight
 
-VERIFICATION = "verification.json"
 FLOAT64_BOUND = 1e-12
 # of the neuron's own scale: the float32 inputs of a layer deep in a network move by 1e-5 with batch size and machine
 _MEAN_BOUND = 1e-4
