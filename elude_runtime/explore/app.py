@@ -99,6 +99,7 @@ def _application(explorer: Explorer) -> Starlette:
             Route("/api/checkpoint", service.checkpoint),
             Route("/api/server", service.server),
             Route("/api/samples/{number:int}", service.sample),
+            Route("/api/samples/{number:int}/original", service.original),
             Route("/api/images", service.image, methods=["POST"]),
             Route("/api/ask", service.ask, methods=["POST"]),
             Route("/api/features", service.features, methods=["POST"]),
@@ -155,6 +156,13 @@ class _Service:
         if file is None:
             raise Refusal(404, "unknown-image", "No such image", "The catalogue has no picture of this number.")
         return FileResponse(file, headers={"Cache-Control": "no-cache"})
+
+    async def original(self, request: WebRequest) -> Response:
+        """An exemplar image itself, where it has not moved or changed."""
+        encoded = await run_in_threadpool(self._material.original, request.path_params["number"])
+        if encoded is None:
+            raise Refusal(404, "unknown-image", "The image has moved", "Its file is not there any more, or another.")
+        return Response(encoded, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
 
     async def image(self, request: WebRequest) -> Response:
         """Keeps an image for questions about it."""

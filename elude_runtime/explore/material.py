@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,11 @@ class Material:
         return {
             "label": facts.label if facts else None,
             "ends": {
-                end: [{**self._image(one.image), "token": one.token} for one in tops if one.end == end]
+                end: [
+                    {**self._image(one.image), "token": one.token, "activation": one.activation}
+                    for one in tops
+                    if one.end == end
+                ]
                 for end in (POSITIVE, NEGATIVE)
             },
         }
@@ -84,6 +89,16 @@ class Material:
         image = self._exemplars.images.get(number) if self._exemplars else None
         return image.thumbnail if image and image.thumbnail and image.thumbnail.is_file() else None
 
+    def original(self, number: int) -> bytes | None:
+        """The image itself, where it still lies where the catalogue found it and is the same; else None."""
+        image = self._exemplars.images.get(number) if self._exemplars else None
+        try:
+            encoded = Path(image.name).read_bytes() if image else b""
+        except (OSError, ValueError):
+            return None
+        digest = hashlib.sha256(encoded).hexdigest()
+        return encoded if image and digest.startswith(image.sha256) and image.sha256 else None
+
     def _spread(self) -> list[int]:
         """Some images with a thumbnail, spread over all of them."""
         images = self._exemplars.images if self._exemplars else {}
@@ -91,7 +106,8 @@ class Material:
         return shown[:: max(1, len(shown) // _SAMPLES)][:_SAMPLES]
 
     def _image(self, number: int) -> dict[str, Any]:
-        """An image of the catalogue; aspect: width over height of what the model saw; path: None without a picture."""
+        """An image of the catalogue. aspect: width over height of what the model saw; file: as the catalogue found it,
+        None where it has moved; thumbnail: None where there is none."""
         assert self._exemplars is not None
         image = self._exemplars.images[number]
         x0, y0, x1, y1 = image.window
@@ -99,7 +115,8 @@ class Material:
             "number": number,
             "name": Path(image.name).name,
             "aspect": (x1 - x0) / (y1 - y0) if y1 > y0 else 1.0,
-            "path": str(image.thumbnail) if image.thumbnail else None,
+            "file": image.name if _is_file(image.name) else None,
+            "thumbnail": str(image.thumbnail) if image.thumbnail else None,
         }
 
     def save_policy(self, name: str, document: dict[str, Any]) -> bool:
@@ -108,3 +125,10 @@ class Material:
         from elude_runtime.checkpoint.policies import save_policy  # brings torch along
 
         return save_policy(self.checkpoint, name, document)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False

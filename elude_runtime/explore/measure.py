@@ -55,7 +55,9 @@ def slider_time(
             return page.post("/api/ask", json=asked)
 
         for turn in range(_WARM):
-            assert "steered" in _checked(slider(turn)).json() and "steered" not in _checked(plain(turn)).json()["answer"]
+            assert (
+                "steered" in _checked(slider(turn)).json() and "steered" not in _checked(plain(turn)).json()["answer"]
+            )
         seconds: dict[Callable[[int], httpx.Response], list[float]] = {plain: [], slider: []}
         for turn in range(pairs):
             for ask in ((plain, slider), (slider, plain))[turn % 2]:

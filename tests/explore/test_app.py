@@ -84,9 +84,7 @@ def explorer(checkpoint: Path, upstream: Upstream, tmp_path: Path) -> Explorer:
     (pages / "link.txt").symlink_to(tmp_path / "private.txt")
     material = Material(checkpoint)
     transport = httpx.MockTransport(upstream)
-    served = ServedModel(
-        "http://upstream:1", "m", material.manifest.checkpoint_sha256, token=KEY, transport=transport
-    )
+    served = ServedModel("http://upstream:1", "m", material.manifest.checkpoint_sha256, token=KEY, transport=transport)
     return Explorer(served, material, pages, SECRET)
 
 
@@ -295,7 +293,9 @@ def test_an_image_that_was_dropped_from_memory_is_asked_for_again(browser: TestC
 
 def test_bodies_have_a_limit_and_images_the_servers(browser: TestClient, upstream: Upstream) -> None:
     assert browser.post("/api/images", content=b"x" * 5_000_001).status_code == 413
-    assert browser.post("/api/images", content=(b"x" * 100_000 for _ in range(60))).status_code == 413  # no length given
+    assert (
+        browser.post("/api/images", content=(b"x" * 100_000 for _ in range(60))).status_code == 413
+    )
     assert browser.get("/api/server").json()["limits"] == {"max_image_bytes": 40}
     reply = browser.post("/api/images", content=b"x" * 41)
     assert reply.status_code == 413 and "40 bytes" in reply.json()["detail"]

@@ -23,9 +23,18 @@ export class Problem extends Error {
   /** Whether the way to the model is broken, and not this one request. */
   get isOutage() {
     return [
-      "explorer-gone", "explorer-locked", "server-unreachable", "server-timeout", "server-unauthorized", "server-unknown-model",
-      "server-other-version", "server-reply", "server-error", "server-unavailable", "other-checkpoint",
-    ].includes(this.type); // prettier-ignore
+      "explorer-gone",
+      "explorer-locked",
+      "server-unreachable",
+      "server-timeout",
+      "server-unauthorized",
+      "server-unknown-model",
+      "server-other-version",
+      "server-reply",
+      "server-error",
+      "server-unavailable",
+      "other-checkpoint",
+    ].includes(this.type);
   }
 }
 

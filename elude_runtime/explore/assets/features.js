@@ -20,7 +20,8 @@ export const [LEAST, MOST, STEP] = [-2, 3, 0.1];
  * @property {string | null} label
  * @property {{positive: Exemplar[], negative: Exemplar[]}} ends
  *
- * @typedef {{number: number, name: string, aspect: number, path: string | null, token: number}} Exemplar
+ * @typedef {{number: number, name: string, aspect: number, file: string | null, thumbnail: string | null, token: number,
+ *   activation: number}} Exemplar
  */
 
 const FACES = 4; // exemplars beside a feature
@@ -46,7 +47,10 @@ export function addedOf(reply, layers) {
   return (reply.activations ?? []).map((found) => {
     const layer = layers.find((one) => found.feature.startsWith(`${one.name}/`));
     const first = isPrefix(found.feature, layer) ? 0 : layer.prefix;
-    const peak = found.values.reduce((best, value, i) => (Math.abs(value) > Math.abs(found.values[best]) ? i : best), 0);
+    const peak = found.values.reduce(
+      (best, value, i) => (Math.abs(value) > Math.abs(found.values[best]) ? i : best),
+      0,
+    );
     const onGrid = layer.grid && first === layer.prefix && found.values.length === layer.grid[0] * layer.grid[1];
     const heat = onGrid ? { values: found.values, grid: layer.grid, largest: Math.abs(found.values[peak]) } : null;
     const facts = { feature: found.feature, layer: layer.name, label: found.label, heat };
@@ -89,17 +93,39 @@ export class Features {
       return el(
         "section",
         { class: "layer", "aria-label": `Features of ${layer.name}` },
-        el("header", null, el("h3", { class: "mono" }, layer.name), el("p", { class: "small faint" }, facts(layer, value))),
+        el(
+          "header",
+          null,
+          el("h3", { class: "mono" }, layer.name),
+          el("p", { class: "small faint" }, facts(layer, value)),
+        ),
         features.length
-          ? el("ul", { class: "plain-list feature-list" }, features.map((f) => this.#row(f, layer, view, largest, false)))
+          ? el(
+              "ul",
+              { class: "plain-list feature-list" },
+              features.map((f) => this.#row(f, layer, view, largest, false)),
+            )
           : el("p", { class: "faint" }, "No feature of this layer stands out."),
       );
     });
     if (own.length) {
-      const rows = own.map((f) => this.#row(f, layers.find((one) => one.name === f.layer), view, 0, true));
+      const rows = own.map((f) =>
+        this.#row(
+          f,
+          layers.find((one) => one.name === f.layer),
+          view,
+          0,
+          true,
+        ),
+      );
       sections.unshift(
-        el("section", { class: "layer", "aria-label": "Features that you added" }, el("header", null, el("h3", null, "Added by you")), el("ul", { class: "plain-list feature-list" }, rows)),
-      ); // prettier-ignore
+        el(
+          "section",
+          { class: "layer", "aria-label": "Features that you added" },
+          el("header", null, el("h3", null, "Added by you")),
+          el("ul", { class: "plain-list feature-list" }, rows),
+        ),
+      );
     }
     this.place.replaceChildren(...sections);
     this.rows.get(focused)?.querySelector("input")?.focus();
@@ -124,13 +150,28 @@ export class Features {
     const name = shown.face?.label || shown.label || short;
     const others = faces(shown, layer);
     const picture = heat
-      ? pictures.picture(view, { layer: { grid: heat.grid, prefix: layer.prefix }, token: shown.token, mode: "heat", ...heat, alt: `Where ${name} is active` })
-      : el("div", { class: "nowhere" }, others ?? el("span", null, isPrefix(feature, layer) ? "class token" : "no place in the image")); // prettier-ignore
+      ? pictures.picture(view, {
+          layer: { grid: heat.grid, prefix: layer.prefix },
+          token: shown.token,
+          mode: "heat",
+          ...heat,
+          alt: `Where ${name} is active`,
+        })
+      : el(
+          "div",
+          { class: "nowhere" },
+          others ?? el("span", null, isPrefix(feature, layer) ? "class token" : "no place in the image"),
+        );
     const slider = el("input", {
-      type: "range", min: LEAST, max: MOST, step: STEP, value: 1, "aria-label": `Factor of ${name}`,
+      type: "range",
+      min: LEAST,
+      max: MOST,
+      step: STEP,
+      value: 1,
+      "aria-label": `Factor of ${name}`,
       oninput: (event) => this.onSteer(feature, Number(event.target.value)),
       ondblclick: () => this.onSteer(feature, 1),
-    }); // prettier-ignore
+    });
     const row = el(
       "li",
       { class: "feature", "data-feature": feature },
@@ -141,22 +182,58 @@ export class Features {
         el(
           "div",
           { class: "title" },
-          el("a", { class: name !== short ? "label" : "mono", href: `feature.html${hash(feature)}`, title: `${feature}: its page` }, name),
+          el(
+            "a",
+            {
+              class: name !== short ? "label" : "mono",
+              href: `feature.html${hash(feature)}`,
+              title: `${feature}: its page`,
+            },
+            name,
+          ),
           name !== short && el("span", { class: "mono faint small" }, short),
-          removable && el("button", { type: "button", class: "button link small remove", onclick: () => this.onRemove(feature) }, "remove"),
-        ), // prettier-ignore
+          removable &&
+            el(
+              "button",
+              { type: "button", class: "button link small remove", onclick: () => this.onRemove(feature) },
+              "remove",
+            ),
+        ),
         shown.attribution !== null &&
-          el("div", { class: "share" }, charts.bar(shown.attribution, largest, true), el("span", { class: `number ${sign(shown.attribution)}` }, format.signed(shown.attribution))), // prettier-ignore
+          el(
+            "div",
+            { class: "share" },
+            charts.bar(shown.attribution, largest, true),
+            el("span", { class: `number ${sign(shown.attribution)}` }, format.signed(shown.attribution)),
+          ),
         el("p", { class: "small faint number" }, where(shown, layer)),
         heat && others,
       ),
       el(
         "div",
         { class: "steer" },
-        el("button", { type: "button", class: "button small ablate", "aria-pressed": "false", onclick: () => this.onSteer(feature, (this.factors.get(feature) ?? 1) === 0 ? 1 : 0) }, "Ablate"), // prettier-ignore
+        el(
+          "button",
+          {
+            type: "button",
+            class: "button small ablate",
+            "aria-pressed": "false",
+            onclick: () => this.onSteer(feature, (this.factors.get(feature) ?? 1) === 0 ? 1 : 0),
+          },
+          "Ablate",
+        ),
         el("span", { class: "slide" }, el("i", { "aria-hidden": "true" }), slider),
         el("output", { class: "factor number" }),
-        el("button", { type: "button", class: "button link small reset", title: "As it is", onclick: () => this.onSteer(feature, 1) }, "reset"), // prettier-ignore
+        el(
+          "button",
+          {
+            type: "button",
+            class: "button link small reset",
+            title: "As it is",
+            onclick: () => this.onSteer(feature, 1),
+          },
+          "reset",
+        ),
       ),
     );
     const look = () => this.onLook(heat, name, isPrefix(feature, layer));
@@ -173,10 +250,13 @@ export class Features {
 /** Where else the feature is as it is here: exemplars of the end that its activation points to. */
 function faces(shown, layer) {
   const end = shown.activation < 0 ? "negative" : "positive";
-  const found = (shown.face?.ends[end] ?? []).filter((one) => one.path).slice(0, FACES);
+  const found = (shown.face?.ends[end] ?? []).filter((one) => one.thumbnail).slice(0, FACES);
   if (!found.length) return null;
   const pictured = found.map((one) =>
-    pictures.picture({ thumb: `api/samples/${one.number}`, aspect: one.aspect }, { layer, token: one.token, alt: one.name }),
+    pictures.picture(
+      { thumb: `api/samples/${one.number}`, aspect: one.aspect },
+      { layer, token: one.token, alt: one.name },
+    ),
   );
   return el("div", { class: "faces", title: `Images where it is most ${end}` }, pictured);
 }
@@ -184,7 +264,10 @@ function faces(shown, layer) {
 function setFactor(row, factor) {
   const slider = row.querySelector('input[type="range"]');
   if (Number(slider.value) !== factor) slider.value = String(factor);
-  slider.setAttribute("aria-valuetext", factor === 0 ? "ablated" : factor === 1 ? "as it is" : `times ${format.number(factor)}`);
+  slider.setAttribute(
+    "aria-valuetext",
+    factor === 0 ? "ablated" : factor === 1 ? "as it is" : `times ${format.number(factor)}`,
+  );
   const [low, high] = [Math.min(1, factor), Math.max(1, factor)].map((value) => (value - LEAST) / (MOST - LEAST));
   const way = row.querySelector(".slide i").style; // between the middle of the thumb at either end
   way.left = `calc(0.55rem + (100% - 1.1rem) * ${low})`;
@@ -195,7 +278,9 @@ function setFactor(row, factor) {
 }
 
 function facts(layer, value) {
-  const said = [`${layer.method.replaceAll("_", " ")}: ${format.signed(value - layer.baseline)} to explain, from a baseline of ${format.number(layer.baseline)}`]; // prettier-ignore
+  const said = [
+    `${layer.method.replaceAll("_", " ")}: ${format.signed(value - layer.baseline)} to explain, from a baseline of ${format.number(layer.baseline)}`,
+  ];
   if (layer.completeness_error !== null) said.push(`completeness error ${format.signed(layer.completeness_error, 2)}`);
   return said.join("; ");
 }
@@ -203,7 +288,11 @@ function facts(layer, value) {
 function where(shown, layer) {
   const at = shown.token === null ? null : pictures.place(layer, shown.token);
   const prefix = layer.prefix === 1 ? "on the class token" : `on prefix token ${shown.token}`;
-  const place = at ? `at row ${at[0] + 1}, column ${at[1] + 1}` : shown.token < layer.prefix ? prefix : `at token ${shown.token}`;
+  const place = at
+    ? `at row ${at[0] + 1}, column ${at[1] + 1}`
+    : shown.token < layer.prefix
+      ? prefix
+      : `at token ${shown.token}`;
   return `activation ${format.signed(shown.activation)} ${place}`;
 }
 

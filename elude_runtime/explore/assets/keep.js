@@ -12,7 +12,8 @@ export class CopyPanel {
     this.text = place.querySelector("pre");
     this.note = place.querySelector(".note");
     this.content = null;
-    for (const input of place.querySelectorAll("input[name=copy-kind]")) input.addEventListener("change", () => this.#draw());
+    for (const input of place.querySelectorAll("input[name=copy-kind]"))
+      input.addEventListener("change", () => this.#draw());
     place.querySelector(".copy").addEventListener("click", (event) => this.#copy(event.target));
   }
 

@@ -64,10 +64,13 @@ export class Latest {
     if (error.status === 503 && error.retryAfter !== null) {
       this.waiting ??= { question };
       this.onWait(error.retryAfter, error);
-      this.timer = setTimeout(() => {
-        this.timer = 0;
-        this.#next();
-      }, 1000 * Math.min(30, Math.max(0.2, error.retryAfter)));
+      this.timer = setTimeout(
+        () => {
+          this.timer = 0;
+          this.#next();
+        },
+        1000 * Math.min(30, Math.max(0.2, error.retryAfter)),
+      );
       return;
     }
     this.onProblem(error, question);

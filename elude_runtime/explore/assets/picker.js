@@ -14,7 +14,13 @@ export class Picker {
     Object.assign(this, { input, find, onPick, found: [], marked: -1, turn: 0 });
     this.list = el("ul", { class: "found", role: "listbox", id: `found-${++count}`, hidden: true });
     input.after(this.list);
-    const attributes = { role: "combobox", "aria-expanded": "false", "aria-controls": this.list.id, "aria-autocomplete": "list", autocomplete: "off" }; // prettier-ignore
+    const attributes = {
+      role: "combobox",
+      "aria-expanded": "false",
+      "aria-controls": this.list.id,
+      "aria-autocomplete": "list",
+      autocomplete: "off",
+    };
     for (const [name, value] of Object.entries(attributes)) input.setAttribute(name, value);
     input.addEventListener("input", () => this.#search());
     input.addEventListener("focus", () => this.#search());
@@ -49,7 +55,9 @@ export class Picker {
         one.detail && el("span", { class: "faint small" }, one.detail),
       ),
     );
-    this.list.replaceChildren(...(options.length ? options : [el("li", { class: "faint" }, problem || "Nothing fits.")]));
+    this.list.replaceChildren(
+      ...(options.length ? options : [el("li", { class: "faint" }, problem || "Nothing fits.")]),
+    );
     this.list.hidden = false;
     this.input.setAttribute("aria-expanded", "true");
     this.#mark(found.length && this.input.value.trim() ? 0 : -1);

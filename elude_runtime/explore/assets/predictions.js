@@ -85,7 +85,10 @@ export class Predictions {
       ...(target !== null && rows.has(target) ? [target] : []),
     ]);
     // Rows keep their places while a slider moves: who goes leaves, who comes stands last.
-    this.order = [...this.order.filter((index) => wanted.has(index)), ...[...wanted].filter((i) => !this.order.includes(i))];
+    this.order = [
+      ...this.order.filter((index) => wanted.has(index)),
+      ...[...wanted].filter((i) => !this.order.includes(i)),
+    ];
     this.place.classList.toggle("steered", steered);
     for (const [index, item] of this.items) if (!wanted.has(index)) (item.remove(), this.items.delete(index));
     for (const index of this.order) {
@@ -96,9 +99,23 @@ export class Predictions {
     }
     const before = reply.predictions[0];
     const after = reply.steered?.predictions[0];
-    const said = (p) => [el("strong", null, p.label ?? `class ${p.index}`), " ", el("span", { class: "number" }, share(p.probability))]; // prettier-ignore
+    const said = (p) => [
+      el("strong", null, p.label ?? `class ${p.index}`),
+      " ",
+      el("span", { class: "number" }, share(p.probability)),
+    ];
     this.head.replaceChildren(
-      ...el("p", null, after ? [el("span", { class: "was" }, said(before)), el("span", { class: "arrow" }, " → "), el("span", { class: "now" }, said(after))] : said(before)).childNodes, // prettier-ignore
+      ...el(
+        "p",
+        null,
+        after
+          ? [
+              el("span", { class: "was" }, said(before)),
+              el("span", { class: "arrow" }, " → "),
+              el("span", { class: "now" }, said(after)),
+            ]
+          : said(before),
+      ).childNodes,
     );
   }
 
@@ -108,10 +125,20 @@ export class Predictions {
       { "data-class": row.index },
       el(
         "button",
-        { type: "button", class: "button link class-name", title: `What carries “${row.label}”?`, onclick: () => this.onPick(row.index) },
+        {
+          type: "button",
+          class: "button link class-name",
+          title: `What carries “${row.label}”?`,
+          onclick: () => this.onPick(row.index),
+        },
         row.label,
-      ), // prettier-ignore
-      el("span", { class: "two-bars", "aria-hidden": "true" }, el("i", { class: "before" }), el("i", { class: "after" })),
+      ),
+      el(
+        "span",
+        { class: "two-bars", "aria-hidden": "true" },
+        el("i", { class: "before" }),
+        el("i", { class: "after" }),
+      ),
       el("span", { class: "two-values number" }, el("span", { class: "before" }), el("span", { class: "after" })),
     );
   }
@@ -124,10 +151,19 @@ export class Predictions {
     const after = reply.steered?.embedding;
     if (!after) return;
     const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
-    const moved = Math.sqrt(dot(before.map((v, i) => after[i] - v), before.map((v, i) => after[i] - v)) / dot(before, before)); // prettier-ignore
+    const moved = Math.sqrt(
+      dot(
+        before.map((v, i) => after[i] - v),
+        before.map((v, i) => after[i] - v),
+      ) / dot(before, before),
+    );
     const cosine = dot(before, after) / Math.sqrt(dot(before, before) * dot(after, after));
     const facts = { "moved by, of its norm": format.percent(moved), "cosine to the default one": cosine.toFixed(4) };
-    this.list.append(...Object.entries(facts).map(([name, value]) => el("li", { class: "fact" }, `${name}: `, el("strong", { class: "number" }, value)))); // prettier-ignore
+    this.list.append(
+      ...Object.entries(facts).map(([name, value]) =>
+        el("li", { class: "fact" }, `${name}: `, el("strong", { class: "number" }, value)),
+      ),
+    );
   }
 }
 

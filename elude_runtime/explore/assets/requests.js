@@ -91,7 +91,9 @@ export function asPython(server, file, request) {
     `        ${literal(file)},`,
     ...lines,
     "    )",
-    ...(steer ? ["print(reply.predictions[:1])", "print(reply.steered.predictions[:1])"] : ["print(reply.explanations)"]),
+    ...(steer
+      ? ["print(reply.predictions[:1])", "print(reply.steered.predictions[:1])"]
+      : ["print(reply.explanations)"]),
   ].join("\n");
 }
 
@@ -100,12 +102,15 @@ function literal(value, indent = 0) {
   if (value === null) return "None";
   if (typeof value === "boolean") return value ? "True" : "False";
   if (Array.isArray(value)) {
-    if (!value.some((item) => typeof item === "object" && item !== null)) return `[${value.map((v) => literal(v)).join(", ")}]`;
+    if (!value.some((item) => typeof item === "object" && item !== null))
+      return `[${value.map((v) => literal(v)).join(", ")}]`;
     const room = " ".repeat(indent);
     return `[\n${value.map((item) => `${room}    ${literal(item, indent + 4)},\n`).join("")}${room}]`;
   }
   if (typeof value === "object") {
-    return `{${Object.entries(value).map(([name, v]) => `${literal(name)}: ${literal(v)}`).join(", ")}}`; // prettier-ignore
+    return `{${Object.entries(value)
+      .map(([name, v]) => `${literal(name)}: ${literal(v)}`)
+      .join(", ")}}`;
   }
   return JSON.stringify(value); // numbers, and strings, whose escapes Python shares
 }
