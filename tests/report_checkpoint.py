@@ -91,7 +91,7 @@ def evaluation(folder: Path, *, sha256: str = "") -> None:
         for name in ("concepts", "hidden units", "SAE")
     ]  # fmt: skip
     layer = {
-        "layer": manifest.layers[0].name, "tokens": "patches", "calibration_tokens": 1000, "rest_share": {}, "sets": sets,
+        "layer": manifest.layers[0].name, "tokens": "patches", "calibration_tokens": 1000, "sets": sets,
         "encoders": {"resnet50": {"img9": {"chance": 0.01, "ceiling": 0.5}, "tok9": {"chance": 0.01, "ceiling": 0.5}}},
         "comparisons": [
             {"set": "concepts", "against": "hidden units", "encoder": "resnet50", "metric": "img9", "ratio": 1.5,

@@ -187,6 +187,21 @@ def explore(
     print(f"slider's answer: {Ratio(**found['ratio'])} plain predictions")
 
 
+@bench.command("report")
+def report(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, with its catalogue.")],
+    features: Annotated[int, typer.Option(help="Features in the gallery that is searched, at least.", min=1)] = 12_000,
+    rounds: Annotated[int, typer.Option(help="Times that each page is opened and each text typed.", min=1)] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """The size of a report, the time to open its pages, and of a keystroke in the search, in headless Chromium."""
+    from elude_runtime.offline.bench_report import measure_report
+
+    with stages() as bar:
+        found = measure_report(checkpoint, features, rounds, progress=bar)
+    print(json.dumps(found, indent=2)) if as_json else _show_report(found)
+
+
 @contextmanager
 def _checkpoint(
     asked: options.ModelOptions, images: str, layers: list[str] | None, count: int, how: tuple[Any, ...]
@@ -224,6 +239,26 @@ def _show_api(found: dict[str, Any]) -> None:
             print(f"  Captum LayerIntegratedGradients, 50 steps: {Ratio(**entry['captum_layer_ig'])}")
     if "captum_pixel_ig" in found:
         print(f"Captum IntegratedGradients of the pixels, 50 steps: {Ratio(**found['captum_pixel_ig'])}")
+
+
+def _show_report(found: dict[str, Any]) -> None:
+    print(
+        f"{found['features']:,} features, {found['images']:,} images: {found['megabytes']:.1f} MB, written in "
+        f"{found['seconds_to_write']:.1f} s; Chromium {found['browser']}"
+    )
+    for name, times in found["pages_ms"].items():
+        print(f"  {name:14} usable after {times['median']:.0f} ms (median; largest {times['largest']:.0f})")
+    gallery = found["gallery"]
+    times, keys = gallery["opening_ms"], gallery["keystroke_ms"]
+    print(
+        f"gallery of {gallery['features']:,} features: usable after {times['median']:.0f} ms (largest "
+        f"{times['largest']:.0f})"
+    )
+    print(
+        f"  a keystroke: {keys['script_median']:.0f} ms in scripts (largest {keys['script_largest']:.0f}), "
+        f"{keys['shown_median']:.0f} ms until it is on the screen (largest {keys['shown_largest']:.0f}), "
+        f"{keys['keystrokes']} keystrokes"
+    )
 
 
 def _show_attribution(found: dict[str, Any]) -> None:

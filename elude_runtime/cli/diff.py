@@ -47,8 +47,9 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
 ) -> None:
     """Match the features of two rewrites by the correlation of their activations, so that names can move."""
+    from elude_runtime.checkpoint.labels import write_labels
     from elude_runtime.errors import StorageError
-    from elude_runtime.offline.correspondence import check_ending, write_labels, write_mapping
+    from elude_runtime.offline.correspondence import check_ending, write_mapping
     from elude_runtime.offline.diff import diff as run
 
     # before the work, not after it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -28,12 +29,9 @@ def report(
     if made.problem:
         console.print(f"[yellow]note:[/] without exemplars: {made.problem}", highlight=False, soft_wrap=True)
     if as_json:
-        print(
-            json.dumps(
-                {"page": str(made.page), "features": made.features, "images": made.images, "megabytes": made.megabytes}
-            )
-        )
+        print(json.dumps({**asdict(made), "page": str(made.page)}, indent=2))
     else:
         print(
-            f"{made.page}: {made.features:,} features, {made.images:,} images, {made.megabytes:.1f} MB; open it in a browser"
+            f"{made.page}: {made.features:,} features, {made.images:,} images, {made.megabytes:.1f} MB; open it in a "
+            "browser"
         )

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 
 from elude_runtime.analysis.features import CONCEPT, SUBUNIT, Feature
 from elude_runtime.analysis.split_state import SplitState
+from elude_runtime.checkpoint.labels import AUTOMATIC, stored_labels
 from elude_runtime.checkpoint.storage import write_file, write_json
 from elude_runtime.errors import CheckpointError, SettingsError
 from elude_runtime.network.tokens import TYPE_NAMES
 from elude_runtime.offline.feature_matching import Correlations, inverse, made_of, match, runner_up
 from elude_runtime.offline.feature_table import TABLE, read_table
 
-LABELS = "labels.csv"
 MATCHED, WEAK, ONLY_OLD, ONLY_NEW, DEAD = "matched", "weak", "only_old", "only_new", "dead"
 RANDOM_HIGH = 0.95  # quantile of the pairs with random members that a pair has to reach for its name to be carried
 PART_GAIN = 0.2  # of a concept's variance, that each part of a split or merge explains beyond the others
@@ -149,25 +149,15 @@ class Catalogue:
 
     @classmethod
     def read(cls, checkpoint: Path) -> Catalogue:
-        """CheckpointError when the feature table is missing or damaged, or labels.csv is not columns feature,label."""
+        """CheckpointError when the feature table is missing or damaged; `stored_labels` says what labels.csv may be."""
         table = read_table(checkpoint)
         if not {"feature", "share", "label"} <= set(table.column_names):
             raise CheckpointError(f"{checkpoint / TABLE} lacks feature, share or label; make the checkpoint again.")
         names, shares, labels = (table[c].to_pylist() for c in ("feature", "share", "label"))
-        named = {n: text for n, text in zip(names, labels, strict=True) if text}
-        return cls(dict(zip(names, shares, strict=True)), {**named, **_read_labels(checkpoint / LABELS)})
-
-
-def _read_labels(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    try:
-        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
-        if not {"feature", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError("other columns")
-        return {r["feature"]: r["label"] for r in reader if r["label"]}
-    except (OSError, ValueError, csv.Error) as error:
-        raise CheckpointError(f"{path} cannot be read; it needs the columns feature and label.") from error
+        # an automatic label speaks of its own catalogue's images: a new catalogue makes the new ones
+        sources = table["label_source"].to_pylist() if "label_source" in table.column_names else [None] * len(table)
+        named = {n: text for n, text, by in zip(names, labels, sources, strict=True) if text and by != AUTOMATIC}
+        return cls(dict(zip(names, shares, strict=True)), {**named, **stored_labels(checkpoint)})
 
 
 @dataclass
@@ -328,11 +318,6 @@ def _padded(values: np.ndarray, partner: np.ndarray, number: int) -> list[float]
     taken = np.nonzero(partner >= 0)[0]
     found = values[taken, partner[taken]].tolist()
     return (found + [0.0] * number)[: max(number, len(found))]
-
-
-def write_labels(path: Path, labels: dict[str, str]) -> None:
-    """A `labels.csv`: columns feature, label."""
-    write_file(path, _csv(["feature", "label"], labels.items()))
 
 
 def write_mapping(path: Path, result: Diff) -> None:

@@ -1,7 +1,7 @@
-"""What a long rewrite keeps on disk while it runs, so that the same command goes on after a kill.
+"""What a long job keeps on disk while it runs, so that the same command goes on after a kill.
 
 Each process saves its own share under a name; whatever several processes make of their shares together is computed
-again. The folder lies beside the checkpoint to come, and is gone once that is complete.
+again. The folder lies beside what is to come (a checkpoint, a catalogue), and is gone once that is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SETTINGS, _LOCK = "settings", "lock"
 
 
 def resume_folder(out: Path) -> Path:
-    """Where a rewrite to `out` keeps its progress."""
+    """Where a run that makes `out` keeps its progress."""
     out = out.absolute()
     return out.parent / f".{out.name}.resume"
 
@@ -39,7 +39,7 @@ class Resume:
 
     settings: everything that the result depends on; None where the images cannot be told from others, and nothing is
     saved. every: seconds between saves. basis: what else the states to come depend on, known only on the way; those
-    saved on another basis are not loaded. Raises StorageError while another run writes to the same checkpoint.
+    saved on another basis are not loaded. Raises StorageError while another run writes to the same place.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any] | None, ranks: Ranks, every: float = SAVE_SECONDS) -> None:
@@ -135,9 +135,7 @@ class Resume:
                 with suppress(FileNotFoundError):  # a run that has just ended took the file away
                     there = os.path.samestat(os.fstat(self._lock), os.stat(path))
             except BlockingIOError as error:
-                raise StorageError(
-                    f"Another rewrite is writing to {self.out}; wait for it, or choose another --out."
-                ) from error
+                raise StorageError(f"Another run is writing to {self.out}; wait for it, or write elsewhere.") from error
             finally:
                 if not there:
                     os.close(self._lock)

@@ -258,7 +258,7 @@ class TestFolder:
     def test_a_second_run_is_refused_while_the_first_goes_on(self, tmp_path: Path) -> None:
         with Resume(tmp_path / "c", {}, Ranks()) as first:
             first.save("statistics", {"next": 1})
-            with pytest.raises(StorageError, match="Another rewrite"), Resume(tmp_path / "c", {}, Ranks()):
+            with pytest.raises(StorageError, match="Another run"), Resume(tmp_path / "c", {}, Ranks()):
                 pass
             assert first.load("statistics") == {"next": 1}
 
@@ -275,7 +275,7 @@ class TestFolder:
 
         monkeypatch.setattr(fcntl, "flock", late)
         second, third = (Resume(tmp_path / "c", {}, Ranks()) for _ in range(2))
-        with second, pytest.raises(StorageError, match="Another rewrite"), third:
+        with second, pytest.raises(StorageError, match="Another run"), third:
             pass
         assert list(tmp_path.iterdir()) == []
 

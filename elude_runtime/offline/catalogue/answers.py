@@ -19,14 +19,13 @@ class Answers:
     first, of the images still needed; total float64 [K]: the sum of all images' probabilities, over `count` images.
     Of an embedding there are no classes."""
 
-    def __init__(self, classes: int) -> None:
-        first = min(CLASSES, classes)
+    def __init__(self) -> None:
         self.count = 0
-        self.total = torch.zeros(classes, dtype=torch.float64)
+        self.total = torch.zeros(0, dtype=torch.float64)
         self.places = torch.zeros(0, dtype=torch.int64)
         self.hashes = torch.zeros(0, HASH_BYTES, dtype=torch.uint8)
-        self.classes = torch.zeros(0, first, dtype=torch.int32)
-        self.probabilities = torch.zeros(0, first)
+        self.classes = torch.zeros(0, 0, dtype=torch.int32)
+        self.probabilities = torch.zeros(0, 0)
         self._needed = 0
 
     @property
@@ -34,17 +33,21 @@ class Answers:
         """float64 [K]: the mean probability of each class."""
         return self.total / max(1, self.count)
 
-    def add(self, places: Tensor, hashes: bytes, output: Tensor) -> None:
-        """output [B, K]: the model's logits, or an embedding."""
-        self.count += len(places)
-        probabilities = output.float().softmax(1).cpu() if len(self.total) else output.new_zeros(len(places), 0).cpu()
-        self.total += probabilities.sum(0, dtype=torch.float64)
-        first = probabilities.topk(self.classes.shape[1], dim=1)
-        self.places = torch.cat([self.places, places])
+    def add(self, places: Tensor, hashes: bytes, logits: Tensor | None) -> None:
+        """logits [B, K]; None where the model's output is an embedding."""
+        probabilities = torch.zeros(len(places), 0) if logits is None else logits.float().softmax(1).cpu()
+        first = probabilities.topk(min(CLASSES, probabilities.shape[1]), dim=1)
+        total = probabilities.sum(0, dtype=torch.float64)
         digests = torch.frombuffer(bytearray(hashes), dtype=torch.uint8).view(-1, HASH_BYTES)
+        if not self.count:
+            self.total, self.classes, self.probabilities = total, first.indices.int(), first.values
+        else:
+            self.total += total
+            self.classes = torch.cat([self.classes, first.indices.int()])
+            self.probabilities = torch.cat([self.probabilities, first.values])
+        self.count += len(places)
+        self.places = torch.cat([self.places, places])
         self.hashes = torch.cat([self.hashes, digests])
-        self.classes = torch.cat([self.classes, first.indices.int()])
-        self.probabilities = torch.cat([self.probabilities, first.values.float()])
 
     @property
     def crowded(self) -> bool:

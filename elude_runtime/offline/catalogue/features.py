@@ -23,7 +23,8 @@ def type_features(state: SplitState, table: pa.Table) -> list[TypeFeatures]:
 def _of_type(state: SplitState, table: pa.Table, token_type: int) -> TypeFeatures:
     layer, kind = table["layer"].to_numpy(zero_copy_only=False), table["token_type"].to_numpy(zero_copy_only=False)
     std = table["std"].to_numpy()
-    rows = np.flatnonzero((layer == state.name) & (kind == TYPE_NAMES[token_type]) & (std > 0))
+    ours = (layer == state.name) & (kind == TYPE_NAMES[token_type])
+    rows = np.flatnonzero(ours & (std > 0))
     own = table.take(rows)
     features = []
     for name, neuron, subunit in zip(*(own[c].to_pylist() for c in ("feature", "neuron", "subunit")), strict=True):
@@ -34,5 +35,6 @@ def _of_type(state: SplitState, table: pa.Table, token_type: int) -> TypeFeature
             features.append(Feature(state.name, token_type, None if number == "rest" else int(number)))
     levels = np.array(own["drift_edges"].to_pylist(), dtype=np.float32).reshape(len(rows), -1)[:, _DECILES]
     return TypeFeatures(
-        token_type, features, torch.from_numpy(rows), torch.from_numpy(std[rows].copy()), torch.from_numpy(levels)
-    )
+        token_type, features, torch.from_numpy(rows), torch.from_numpy(std[rows]), torch.from_numpy(levels),
+        int(ours.sum()) - len(rows),
+    )  # fmt: skip

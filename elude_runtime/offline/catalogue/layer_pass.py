@@ -15,31 +15,32 @@ from torch import Tensor
 from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.network.tokens import POSITION
-from elude_runtime.offline.catalogue.best_images import BestImages
+from elude_runtime.offline.catalogue.best_images import BestImages, DrawnImages, NearestImages
 from elude_runtime.offline.catalogue.draws import Draws
 from elude_runtime.offline.catalogue.moments import Moments
 from elude_runtime.offline.collect import State, token_inputs
 from elude_runtime.partition.sums import concept_readout, subunit_weight
 
 TOP = 9
-CANDIDATES = 32  # of an end: the top, and what near misses are taken from
+CANDIDATES = 21  # of an end: the top set, and what near misses are taken from
 RANDOM = 4
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # calibration quantiles
 _READOUT_FLOATS = 16_000_000  # of a block
 _VALUE_FLOATS = 8_000_000  # activations worked on at once
-_PEAKS = ("positive", "negative", "quantile", "random")
+_ROLES = ("positive", "negative", "quantile", "random")
 
 
 @dataclass(frozen=True, eq=False)
 class TypeFeatures:
     """The features of one layer and token type that vary, in the table's order. rows int64 [F]: of each in the table;
-    std [F]: of its activation; levels [F, 5]: its calibration quantiles at `LEVELS`."""
+    std [F]: of its activation; levels [F, 5]: its calibration quantiles at `LEVELS`; dead: how many never vary."""
 
     token_type: int
     features: list[Feature]
     rows: Tensor
     std: Tensor
     levels: Tensor
+    dead: int
 
 
 class Block:
@@ -49,26 +50,23 @@ class Block:
     """
 
     def __init__(self, readout: Tensor, offset: Tensor, levels: Tensor, tokens: int, heat: bool) -> None:
-        self.readout, self.offset, self.levels = readout, offset, levels
+        self.readout, self.offset = readout, offset
         features, heats = len(readout), TOP if heat else 0
-        self.positive = BestImages(features, CANDIDATES, least=0.0, heats=heats, tokens=tokens)
-        self.negative = BestImages(features, CANDIDATES, least=0.0, heats=heats, tokens=tokens)
-        # each level keeps as many as there are levels, so that no two of them need the same image
-        self.quantile = BestImages(features * len(LEVELS), len(LEVELS))
-        self.random = BestImages(features, RANDOM)
+        self.positive = BestImages(features, CANDIDATES, heats, tokens)
+        self.negative = BestImages(features, CANDIDATES, heats, tokens)
+        self.quantile = NearestImages(levels)
+        self.random = DrawnImages(features, RANDOM)
 
     def add(self, places: Tensor, reads: Tensor, draws: Draws, start: int) -> None:
         """reads [B, T_p, C] of the images at `places`; start: the first token's place on the axis T."""
         step = max(1, _VALUE_FLOATS // (len(self.readout) * reads.shape[1]))
-        for part in torch.arange(len(places)).split(step):
-            own = slice(int(part[0]), int(part[-1]) + 1)
-            self._add(places[own], reads[own], draws.of(places[own], reads.shape[1]), start)
+        for own, part in zip(places.split(step), reads.split(step), strict=True):
+            self._add(own, part, draws.of(own, reads.shape[1]), start)
 
     def _add(self, places: Tensor, reads: Tensor, draws: tuple[Tensor, Tensor], start: int) -> None:
         raw = self.readout @ reads.transpose(1, 2)  # [B, F, T_p]
         high, low = raw.max(2), raw.min(2)
-
-        # adding rounds the same way for every token, so the largest stays the largest
+        # adding rounds in the same way everywhere, so the largest stays the largest
         largest, smallest = (high.values + self.offset).cpu(), (low.values + self.offset).cpu()
         highest, lowest = (high.indices + start).cpu(), (low.indices + start).cpu()
 
@@ -76,23 +74,18 @@ class Block:
             images, features = images.to(raw.device), features.to(raw.device)
             return (raw[images, features] + self.offset[features, None]).cpu()
 
-        self.positive.add(places, largest, largest, highest, values)
-        self.negative.add(places, -smallest, smallest, lowest, values)
+        self.positive.add(places, largest, highest, values)
+        self.negative.add(places, -smallest, lowest, values)
         priority, token = draws
         upper = largest >= -smallest
-        self.random.add(
-            places, -priority[:, None].expand_as(largest), torch.where(upper, largest, smallest),
-            torch.where(upper, highest, lowest),
-        )  # fmt: skip
+        peaks, peak_tokens = torch.where(upper, largest, smallest), torch.where(upper, highest, lowest)
+        self.random.add(places, priority, peaks, peak_tokens)
         images = torch.arange(len(places), device=raw.device)
         drawn = (raw[images, :, token.to(raw.device)] + self.offset).cpu()
-        spread = drawn[:, :, None].expand(-1, -1, len(LEVELS))
-        away = -(spread - self.levels).abs()
-        tokens = (token[:, None] + start).expand(-1, away[0].numel())
-        self.quantile.add(places, away.flatten(1), spread.flatten(1), tokens)
+        self.quantile.add(places, drawn, token + start)
 
     def state(self) -> State:
-        return {name: getattr(self, name).state() for name in _PEAKS}
+        return {name: getattr(self, name).state() for name in _ROLES}
 
     def restore(self, state: State) -> None:
         for name, kept in state.items():
@@ -136,7 +129,7 @@ class LayerPass:
         span = state.layout.slices[self.input_type]
         heat = self.input_type == POSITION and state.layout.grid is not None
         channels = state.linear.groups * state.linear.inputs
-        self.inputs = BestImages(channels, TOP, least=0.0, heats=TOP if heat else 0, tokens=span.stop - span.start)
+        self.inputs = BestImages(channels, TOP, TOP if heat else 0, span.stop - span.start)
 
     def add(self, places: Tensor, x: Tensor, draws: Draws) -> None:
         """x [B, ...]: the layer's input on the images at `places`."""
@@ -152,13 +145,14 @@ class LayerPass:
         by_channel = channels.transpose(1, 2).contiguous()
         high = by_channel.max(2)
         largest, tokens = high.values.cpu(), (high.indices + start).cpu()
-        self.inputs.add(places, largest, largest, tokens, lambda images, own: by_channel[images, own].cpu())
+        self.inputs.add(places, largest, tokens, lambda images, own: by_channel[images, own].cpu())
 
-    def best(self) -> Iterator[BestImages]:
-        yield self.inputs
+    def places(self) -> Iterator[Tensor]:
+        """Of all images that are kept, in any order, some of them `NOWHERE`."""
+        yield self.inputs.places
         for one in self.types:
             for block in one.blocks:
-                yield from (getattr(block, name) for name in _PEAKS)
+                yield from (getattr(block, name).places for name in _ROLES)
 
     def state(self) -> State:
         return {"types": [t.state() for t in self.types], "inputs": self.inputs.state()}

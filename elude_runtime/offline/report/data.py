@@ -81,7 +81,7 @@ class ReportData:
         self._write("images", self._thumbnails())
 
     def _exemplars(self, name: str) -> list[list[Any]]:
-        """Of one feature, neuron or input: [end, role, image, token, activation, heat, scale] each, by role and rank."""
+        """Of a feature, neuron or input: [end, role, image, token, activation, heat, scale] each, by role and rank."""
         exemplars = self.material.exemplars
         if exemplars is None:
             return []
@@ -154,8 +154,9 @@ class ReportData:
         }
 
     def _classes(self) -> dict[str, Any]:
-        """By class, features in the order of their effect: {class: [row, effect, row, effect, …]}, images: {class: [image, …]}."""
-        found: dict[str, Any] = {"known": "raises" in self.columns}
+        """By class: features in the order of their effect, {class: [row, effect, row, effect, …]}, and images, {class:
+        [image, …]}, the surest first. known: whether the table says anything of classes."""
+        found: dict[str, Any] = {"known": any(effects is not None for effects in self.columns.get("raises", []))}
         for side in ("raises", "lowers"):
             by_class: dict[int, list[tuple[float, int]]] = defaultdict(list)
             for row, effects in enumerate(self.columns.get(side) or []):

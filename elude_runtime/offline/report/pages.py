@@ -34,7 +34,7 @@ class Shell:
     connect: str = "'none'"
     explorer: bool = False
     pages: tuple[tuple[str, str], ...] = ((OVERVIEW, "Overview"), (FEATURES, "Features"), (CLASSES, "Classes"))
-    styles: tuple[str, ...] = ("base.css", "parts.css", "pages.css")
+    styles: tuple[str, ...] = ("base.css", "parts.css", "forms.css", "feature.css", "split.css", "pages.css")
     scripts: tuple[str, ...] = ("core.js", "pictures.js", "charts.js", "features.js")
     note: str = "These pages talk to no network."
 
@@ -67,7 +67,7 @@ def copy_assets(folder: Path) -> None:
 
 
 def feature_address(name: str) -> str:
-    """The page of a feature, relative to the report's folder; scripts make the same with `"feature.html" + Elude.hash(name)`."""
+    """The page of a feature, relative to the report's folder; scripts have `"feature.html" + Elude.hash(name)`."""
     return f"{FEATURE}#{quote(name, safe=_AS_SCRIPTS_ENCODE)}"
 
 

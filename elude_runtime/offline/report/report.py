@@ -50,7 +50,7 @@ def write_report(
     """
     material = read_material(checkpoint, evaluation)
     report = progress or (lambda *_: None)
-    with new_directory(out, force=force, marker=MARKER, what="a report") as folder:
+    with new_directory(out, force=force, known_by=MARKER, what="a report") as folder:
         data = ReportData(material, folder)
         data.write(lambda done: report("features", done, len(data.names)))
         plots = _copy_plots(material.evaluation, folder)

@@ -61,7 +61,13 @@
       el("span", { class: "bottom-value" }, "0"),
       svg(
         "svg",
-        { class: "chart", viewBox: `0 0 ${items.length || 1} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": label },
+        {
+          class: "chart",
+          viewBox: `0 0 ${items.length || 1} ${height}`,
+          preserveAspectRatio: "none",
+          role: "img",
+          "aria-label": label,
+        },
         marks,
       ),
       el("span", { class: "ends-row" }, el("span", null, ends[0]), el("span", null, ends[1])),
@@ -110,7 +116,12 @@
     const title = `1 % ${format.number(q[0])}, 5 % ${format.number(q[1])}, 25 % ${format.number(q[2])}, median ${format.number(q[3])}, 75 % ${format.number(q[4])}, 95 % ${format.number(q[5])}, 99 % ${format.number(q[6])}; mean ${format.number(mean)}`;
     return svg(
       "svg",
-      { class: "chart spread", viewBox: `0 0 ${width} 52`, role: "img", "aria-label": `Quantiles of the activation: ${title}` },
+      {
+        class: "chart spread",
+        viewBox: `0 0 ${width} 52`,
+        role: "img",
+        "aria-label": `Quantiles of the activation: ${title}`,
+      },
       svg("title", null, title),
       nested.map(([a, b, y, height], i) =>
         svg("rect", { class: `quantile q${i}`, x: x(a), y, width: Math.max(1, x(b) - x(a)), height, rx: 2 }),
@@ -118,8 +129,14 @@
       svg("line", { class: "median", x1: x(q[3]), x2: x(q[3]), y1: 8, y2: 32 }),
       svg("line", { class: "axis", x1: x(0), x2: x(0), y1: 4, y2: 36 }),
       svg("text", { x: x(q[0]), y: 48, class: q[0] < 0 ? "negative-text" : "" }, format.number(q[0])),
-      svg("text", { x: x(q[6]), y: 48, "text-anchor": "end", class: q[6] > 0 ? "positive-text" : "" }, format.number(q[6])),
-      Math.abs(x(0) - x(q[0])) > 40 && Math.abs(x(0) - x(q[6])) > 40 && svg("text", { x: x(0), y: 48, "text-anchor": "middle" }, "0"),
+      svg(
+        "text",
+        { x: x(q[6]), y: 48, "text-anchor": "end", class: q[6] > 0 ? "positive-text" : "" },
+        format.number(q[6]),
+      ),
+      Math.abs(x(0) - x(q[0])) > 40 &&
+        Math.abs(x(0) - x(q[6])) > 40 &&
+        svg("text", { x: x(0), y: 48, "text-anchor": "middle" }, "0"),
     );
   }
 

@@ -60,7 +60,9 @@ window.Elude = (function () {
     percent(value) {
       if (value === null || value === undefined || !Number.isFinite(value)) return "–";
       const p = 100 * value;
-      return (p === 0 ? "0" : p >= 10 ? p.toFixed(0) : p >= 0.1 ? p.toFixed(1) : p >= 0.01 ? p.toFixed(2) : "< 0.01") + " %";
+      return (
+        (p === 0 ? "0" : p >= 10 ? p.toFixed(0) : p >= 0.1 ? p.toFixed(1) : p >= 0.01 ? p.toFixed(2) : "< 0.01") + " %"
+      );
     },
     count(value) {
       return value.toLocaleString("en");
@@ -107,6 +109,37 @@ window.Elude = (function () {
     );
   }
 
+  /**
+   * A part of a page with its heading.
+   * @param {string} title
+   * @param {string} [note]  a sentence below it
+   * @param {...(Node | null)} content
+   */
+  function section(title, note, ...content) {
+    return el("section", null, sectionHead(title, note), ...content);
+  }
+
+  /** The heading alone, with controls beside it. */
+  function sectionHead(title, note, ...controls) {
+    return el("div", { class: "section-head" }, el("h2", null, title), ...controls, note && el("p", null, note));
+  }
+
+  /** Items of which the first are shown, and the others when somebody asks. */
+  function list(items, make, kind, shown = 12) {
+    const box = el("div", { class: kind }, items.slice(0, shown).map(make));
+    if (items.length <= shown) return box;
+    const all = () => {
+      more.remove();
+      box.append(...items.slice(shown).map(make));
+    };
+    const more = el(
+      "p",
+      null,
+      el("button", { class: "button", type: "button", onclick: all }, `Show all ${format.count(items.length)}`),
+    );
+    return el("div", null, box, more);
+  }
+
   /** Run a page's drawing; what goes wrong stands in the page. */
   async function page(draw) {
     try {
@@ -115,6 +148,12 @@ window.Elude = (function () {
       document.getElementById("main").append(state("This page could not be drawn.", error.message));
       throw error;
     }
+  }
+
+  /** Tell whoever waits, a test or a measurement, that the page shows what its address asks for. */
+  function ready(what = "yes") {
+    document.documentElement.dataset.ready = what;
+    performance.mark("ready");
   }
 
   /** A name in the part of an address after #, slashes kept readable. */
@@ -133,7 +172,8 @@ window.Elude = (function () {
   }
 
   document.addEventListener("keydown", (event) => {
-    const typing = event.target instanceof Element && event.target.closest("input, select, textarea, [contenteditable]");
+    const typing =
+      event.target instanceof Element && event.target.closest("input, select, textarea, [contenteditable]");
     if (event.key !== "/" || typing || event.ctrlKey || event.metaKey || event.altKey) return;
     const field = [...document.querySelectorAll('input[type="search"]')].find((input) => input.offsetParent);
     if (field) {
@@ -153,5 +193,5 @@ window.Elude = (function () {
     });
   }
 
-  return { el, svg, format, load, state, page, hash, fromHash };
+  return { el, svg, format, load, state, section, sectionHead, list, page, ready, hash, fromHash };
 })();

@@ -80,7 +80,12 @@
         { class: "segments controls", onchange: (event) => this.change(event.target.value) },
         el("legend", { class: "hidden" }, "How exemplars are shown"),
         choices.map(([value, text]) =>
-          el("label", null, el("input", { type: "radio", name: "view", value, checked: value === this.view }), el("span", null, text)),
+          el(
+            "label",
+            null,
+            el("input", { type: "radio", name: "view", value, checked: value === this.view }),
+            el("span", null, text),
+          ),
         ),
       );
     }
@@ -120,12 +125,7 @@
       return el(
         "div",
         null,
-        el(
-          "div",
-          { class: "large-pictures" },
-          this.picture(e, "whole"),
-          heated && this.picture(e, "heat"),
-        ),
+        el("div", { class: "large-pictures" }, this.picture(e, "whole"), heated && this.picture(e, "heat")),
         heated && pictures.scale(this.largest),
         el("h3", { dir: "auto" }, image.name),
         el("p", { class: "soft" }, `Activation ${format.signed(e.activation)} at the ${where(this.layer, e.token)}.`),
@@ -134,7 +134,11 @@
             "div",
             { class: "bars" },
             image.predicted.map(([index, probability]) => [
-              el("a", { class: "name", href: "class.html" + hash(String(index)), dir: "auto" }, this.features.className(index)),
+              el(
+                "a",
+                { class: "name", href: "class.html" + hash(String(index)), dir: "auto" },
+                this.features.className(index),
+              ),
               Elude.charts.bar(probability, 1),
               el("span", { class: "value" }, format.percent(probability)),
             ]),

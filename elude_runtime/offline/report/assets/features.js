@@ -15,6 +15,7 @@
         name, thumb: images.thumb[i], aspect: images.aspect[i], predicted: images.predicted[i],
       })); // prettier-ignore
       this.parsed = data.short.map((short) => /^(?:(\d+)\/)?([pcPC])(\d+|rest)$/.exec(short) || []);
+      this.concepts = Uint8Array.from(this.parsed, ([, neuron]) => neuron === undefined);
     }
 
     /** The row of a feature's name; -1 where there is none. */
@@ -29,7 +30,7 @@
       return this.data.short[row];
     }
     isConcept(row) {
-      return this.parsed[row][1] === undefined;
+      return this.concepts[row] === 1;
     }
     kind(row) {
       return this.isConcept(row) ? "concept" : "sub-unit";
@@ -87,6 +88,10 @@
     peak(row, end) {
       return (this.data.peaks[row][end > 0 ? 0 : 1] ?? 0) / (this.data.std[row] || 1);
     }
+    /** The end that reaches further. */
+    lead(row) {
+      return Math.abs(this.peak(row, -1)) > Math.abs(this.peak(row, 1)) ? -1 : 1;
+    }
     /** Whether one end is so much weaker than the other that it says little. */
     isWeak(row, end) {
       return Math.abs(this.peak(row, end)) < Math.abs(this.peak(row, -end)) / 4;
@@ -137,15 +142,29 @@
     );
   }
 
-  /** Its label with the mark of an automatic one, or its name where it has none. */
-  function titled(features, row) {
+  /**
+   * A label as elements. An automatic one says what shows at each end (`zebra ↔ minivan`): each part with the end's
+   * colour, and the mark that nobody wrote it.
+   */
+  function labelled(features, row) {
     const label = features.label(row);
-    return el(
-      "span",
-      { class: "titled" },
-      el("span", { class: label ? "label" : "label mono", dir: "auto" }, label || features.short(row)),
-      label && features.isAutomatic(row) && mark(),
+    if (!features.isAutomatic(row)) return [el("span", { class: "label", dir: "auto" }, label)];
+    const [positive, negative] = label.split("↔").map((text) => text.trim());
+    const part = (text, end) =>
+      text &&
+      el("span", { class: `label ${end}-label`, dir: "auto" }, el("span", { class: "hidden" }, `${end} end: `), text);
+    const mark = el(
+      "abbr",
+      { class: "auto", title: "Labelled automatically, by what the model says of its exemplars" },
+      "auto",
     );
+    return [part(positive, "positive"), part(negative, "negative"), mark];
+  }
+
+  /** Its label, or its name where it has none. */
+  function titled(features, row) {
+    const name = () => el("span", { class: "label mono" }, features.short(row));
+    return el("span", { class: "titled" }, features.label(row) ? labelled(features, row) : name());
   }
 
   /** Its name below its label, nothing where the name is all there is. */
@@ -159,11 +178,20 @@
       const peak = features.peak(row, sign);
       return peak !== 0 && el("span", { class: sign > 0 ? "positive" : "negative" }, `${format.signed(peak, 2)}σ`);
     };
-    return el("span", { class: "reach number", title: "activation of the first exemplar of each end, in standard deviations" }, end(1), end(-1));
+    return el(
+      "span",
+      { class: "reach number", title: "activation of the first exemplar of each end, in standard deviations" },
+      end(1),
+      end(-1),
+    );
   }
 
   function mark() {
-    return el("abbr", { class: "auto", title: "Labelled automatically, from what the model says about its exemplars" }, "auto");
+    return el(
+      "abbr",
+      { class: "auto", title: "Labelled automatically, from what the model says about its exemplars" },
+      "auto",
+    );
   }
 
   /** A feature as a card: both ends, label, name, share. */
@@ -208,5 +236,5 @@
     );
   }
 
-  Elude.features = { all, card, line, strip, titled, named };
+  Elude.features = { all, card, line, strip, titled, labelled, named };
 })();

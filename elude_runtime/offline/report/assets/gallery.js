@@ -3,6 +3,8 @@
   "use strict";
   const { el, format, page, state } = Elude;
   const PAGE = 48;
+  const AT_ONCE = 12; // cards drawn before the screen is; the others follow
+  const KEPT = 600; // cards that are kept for when they are shown again
   const DEFAULTS = { q: "", kind: "concept", layer: "", tokens: "", alive: "live", labelled: "", sort: "", page: "1" };
   const SORTS = [
     ["share", "share of variance"],
@@ -38,16 +40,22 @@
     return rows;
   }
 
-  const order = new Intl.Collator("en", { numeric: true });
+  const text = new Intl.Collator("en", { numeric: true });
 
-  function sorted(features, rows, by) {
-    if (by === "name") return [...rows].sort((a, b) => order.compare(features.names[a], features.names[b]));
-    if (by === "label") {
-      const key = (row) => features.label(row) || "\uffff"; // those without one last
-      return [...rows].sort((a, b) => order.compare(key(a), key(b)));
+  /** The place of every row in one order: numbers from the largest on, texts from A on, what is missing last. */
+  function places(features, by) {
+    const rows = Array.from({ length: features.count }, (_, row) => row);
+    if (by === "name") rows.sort((a, b) => text.compare(features.names[a], features.names[b]));
+    else if (by === "label") {
+      const key = (row) => features.label(row) || "\uffff";
+      rows.sort((a, b) => text.compare(key(a), key(b)));
+    } else {
+      const column = features.data[by] || [];
+      rows.sort((a, b) => (column[b] ?? -Infinity) - (column[a] ?? -Infinity));
     }
-    const column = features.data[by] || [];
-    return [...rows].sort((a, b) => (column[b] ?? -Infinity) - (column[a] ?? -Infinity));
+    const found = new Int32Array(rows.length);
+    rows.forEach((row, at) => (found[row] = at));
+    return found;
   }
 
   class Gallery {
@@ -58,6 +66,8 @@
       this.cards = document.getElementById("cards");
       this.summary = document.getElementById("summary");
       this.pager = document.getElementById("pager");
+      this.drawn = new Map(); // cards by row
+      this.orders = new Map();
       this.offer();
       this.take(read());
       this.form.addEventListener("input", () => this.change());
@@ -84,25 +94,34 @@
 
     /** Show a view that the address asks for. */
     take(view) {
-      for (const [name, value] of Object.entries(view)) if (this.form.elements[name]) this.form.elements[name].value = value;
+      for (const [name, value] of Object.entries(view))
+        if (this.form.elements[name]) this.form.elements[name].value = value;
       this.show(view);
     }
 
     change() {
-      const view = Object.fromEntries(Object.keys(DEFAULTS).map((key) => [key, this.form.elements[key]?.value ?? DEFAULTS[key]]));
+      const view = Object.fromEntries(
+        Object.keys(DEFAULTS).map((key) => [key, this.form.elements[key]?.value ?? DEFAULTS[key]]),
+      );
       this.show({ ...view, page: "1" });
     }
 
     show(view) {
       this.view = view;
-      const { features } = this;
-      const allowed = filtered(features, view);
-      const found = this.search.find(view.q, allowed);
+      const key = address({ ...view, q: "", sort: "", page: "1" });
+      if (this.allowed?.key !== key) this.allowed = { key, rows: filtered(this.features, view) };
+      const found = this.search.find(view.q, this.allowed.rows);
       const ranked = view.q.trim() && !view.sort;
-      this.rows = ranked ? found : sorted(features, found, view.sort || "share");
+      this.rows = ranked ? found : this.sorted(found, view.sort || "share");
       this.draw();
       clearTimeout(this.settling); // addresses change when typing rests, since browsers limit how often they may
       this.settling = setTimeout(() => this.keep(), 250);
+    }
+
+    sorted(rows, by) {
+      if (!this.orders.has(by)) this.orders.set(by, places(this.features, by));
+      const at = this.orders.get(by);
+      return [...rows].sort((a, b) => at[a] - at[b]);
     }
 
     keep() {
@@ -113,17 +132,42 @@
       const pages = Math.max(1, Math.ceil(this.rows.length / PAGE));
       const at = Math.min(pages, Math.max(1, Number.parseInt(this.view.page, 10) || 1));
       const shown = this.rows.slice((at - 1) * PAGE, at * PAGE);
-      this.cards.replaceChildren(...shown.map((row) => el("li", null, Elude.features.card(this.features, row))));
-      if (!shown.length) this.cards.append(el("li", { class: "nothing" }, this.nothing()));
-      const range = pages > 1 ? `${format.count((at - 1) * PAGE + 1)}–${format.count((at - 1) * PAGE + shown.length)} of ` : "";
+      this.fill(shown);
+      const range =
+        pages > 1 ? `${format.count((at - 1) * PAGE + 1)}–${format.count((at - 1) * PAGE + shown.length)} of ` : "";
       this.summary.textContent = `${range}${format.count(this.rows.length)} features`;
       this.pager.replaceChildren(...(pages > 1 ? this.turns(at, pages) : []));
     }
 
+    /** The first cards at once, the others after the screen has shown these. */
+    fill(rows) {
+      cancelAnimationFrame(this.following);
+      clearTimeout(this.rest);
+      if (!rows.length) return this.cards.replaceChildren(el("li", { class: "nothing" }, this.nothing()));
+      if (this.drawn.size > KEPT) this.drawn.clear();
+      this.cards.replaceChildren(...rows.slice(0, AT_ONCE).map((row) => this.card(row)));
+      const others = rows.slice(AT_ONCE);
+      const follow = () => this.cards.append(...others.map((row) => this.card(row)));
+      if (others.length) this.following = requestAnimationFrame(() => (this.rest = setTimeout(follow, 0)));
+    }
+
+    card(row) {
+      if (!this.drawn.has(row)) this.drawn.set(row, el("li", null, Elude.features.card(this.features, row)));
+      return this.drawn.get(row);
+    }
+
     turns(at, pages) {
       const turn = (to, text) =>
-        el("button", { class: "button", type: "button", disabled: to < 1 || to > pages, onclick: () => this.turn(to) }, text);
-      return [turn(at - 1, "Previous"), el("span", { class: "soft number" }, `Page ${at} of ${pages}`), turn(at + 1, "Next")];
+        el(
+          "button",
+          { class: "button", type: "button", disabled: to < 1 || to > pages, onclick: () => this.turn(to) },
+          text,
+        );
+      return [
+        turn(at - 1, "Previous"),
+        el("span", { class: "soft number" }, `Page ${at} of ${pages}`),
+        turn(at + 1, "Next"),
+      ];
     }
 
     turn(to) {
@@ -135,8 +179,15 @@
     }
 
     nothing() {
-      const clear = el("button", { class: "button", type: "button", onclick: () => this.take({ ...DEFAULTS }) }, "Clear the filters");
-      const box = state("Nothing fits these filters.", "Sub-units and dead features are left out unless the filters ask for them.");
+      const clear = el(
+        "button",
+        { class: "button", type: "button", onclick: () => this.take({ ...DEFAULTS }) },
+        "Clear the filters",
+      );
+      const box = state(
+        "Nothing fits these filters.",
+        "Sub-units and dead features are left out unless the filters ask for them.",
+      );
       box.append(el("p", null, clear));
       return box;
     }
@@ -147,7 +198,14 @@
       const at = cards.indexOf(document.activeElement);
       if (at < 0) return;
       const columns = cards.filter((card) => card.offsetTop === cards[0].offsetTop).length;
-      const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -at, End: cards.length - 1 - at };
+      const step = {
+        ArrowRight: 1,
+        ArrowLeft: -1,
+        ArrowDown: columns,
+        ArrowUp: -columns,
+        Home: -at,
+        End: cards.length - 1 - at,
+      };
       const to = cards[at + step[event.key]];
       if (to) {
         event.preventDefault();
@@ -158,6 +216,6 @@
 
   page(async () => {
     Elude.gallery = new Gallery(await Elude.features.all());
-    document.documentElement.dataset.ready = "yes";
+    Elude.ready();
   });
 })();

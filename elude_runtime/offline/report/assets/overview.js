@@ -14,7 +14,13 @@
     const { share, std, density } = features.data;
     const ranked = concepts.filter((row) => features.isLive(row)).sort((a, b) => share[b] - share[a]);
     const half = halfWay(ranked.map((row) => share[row]));
-    const chart = (title, note, drawn) => el("figure", { class: "card padded" }, el("figcaption", null, el("h3", null, title), el("p", { class: "soft small" }, note)), drawn);
+    const chart = (title, note, drawn) =>
+      el(
+        "figure",
+        { class: "card padded" },
+        el("figcaption", null, el("h3", null, title), el("p", { class: "soft small" }, note)),
+        drawn,
+      );
     return [
       chart(
         "Share of variance, concept by concept",
@@ -24,18 +30,28 @@
             value: Math.max(0, share[row]), quiet: features.isRest(row), href: features.href(row),
             title: `${features.title(row)} (${features.short(row)}): ${format.percent(share[row])}`,
           })), // prettier-ignore
-          { label: `Share of variance of ${ranked.length} concepts, largest first`, number: format.percent, ends: ["largest", "smallest"] },
+          {
+            label: `Share of variance of ${ranked.length} concepts, largest first`,
+            number: format.percent,
+            ends: ["largest", "smallest"],
+          },
         ),
       ),
       chart(
         "Standard deviation of sub-units",
         `${format.count(subunits.length)} live sub-units, in units of the layer's output.`,
-        Elude.charts.histogram(subunits.map((row) => std[row]), { label: "Histogram of the standard deviation of sub-units" }),
+        Elude.charts.histogram(
+          subunits.map((row) => std[row]),
+          { label: "Histogram of the standard deviation of sub-units" },
+        ),
       ),
       chart(
         "Density of sub-units",
         "Tokens beyond two standard deviations; 4.6 % for a normal distribution.",
-        Elude.charts.histogram(subunits.map((row) => density[row]), { label: "Histogram of the density of sub-units", number: format.percent }),
+        Elude.charts.histogram(
+          subunits.map((row) => density[row]),
+          { label: "Histogram of the density of sub-units", number: format.percent },
+        ),
       ),
       chart("Live features", "Those that vary at all on the calibration images.", liveBars(features, rows)),
     ];
@@ -55,10 +71,12 @@
       ["rest of neurons", rows.filter((r) => !features.isConcept(r) && features.isRest(r))],
     ];
     return Elude.charts.bars(
-      groups.filter(([, all]) => all.length).map(([name, all]) => {
-        const live = all.filter((row) => features.isLive(row)).length;
-        return { name, value: live / all.length, text: `${format.count(live)} of ${format.count(all.length)}` };
-      }),
+      groups
+        .filter(([, all]) => all.length)
+        .map(([name, all]) => {
+          const live = all.filter((row) => features.isLive(row)).length;
+          return { name, value: live / all.length, text: `${format.count(live)} of ${format.count(all.length)}` };
+        }),
       { largest: 1 },
     );
   }
@@ -73,6 +91,6 @@
       const { layer, tokens, neuron } = place.dataset;
       place.append(await Elude.split(features, { layer: Number(layer), tokens, neuron: Number(neuron) }));
     }
-    document.documentElement.dataset.ready = "yes";
+    Elude.ready();
   });
 })();

@@ -67,7 +67,8 @@
     ratio(text) {
       const a = Array.from(text);
       const total = a.length + this.query.length;
-      if (!total || (2 * Math.min(a.length, this.query.length)) / total < CLOSE || this.bound(a) / total < CLOSE) return 0;
+      if (!a.length || (2 * Math.min(a.length, this.query.length)) / total < CLOSE || this.bound(a) / total < CLOSE)
+        return 0;
       let common = 0;
       const left = [[0, a.length, 0, this.query.length]];
       while (left.length) {
@@ -126,13 +127,12 @@
     /** Concepts whose label or name (without its layer) is most like the query, best first. */
     muchLike(wanted, rows) {
       const likeness = new Likeness(wanted);
-      const of = this.labels.map((label) => (label ? likeness.ratio(label) : 0));
       const near = [];
       for (const row of rows) {
         if (!this.features.isConcept(row)) continue;
         const name = this.names[row];
         const close = Math.max(
-          of[this.features.data.label.codes[row]],
+          likeness.ratio(this.labels[this.features.data.label.codes[row]]),
           likeness.ratio(name),
           likeness.ratio(name.slice(name.lastIndexOf("/") + 1)),
         );

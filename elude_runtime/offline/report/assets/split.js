@@ -11,7 +11,8 @@
     const weight = (row) => features.data.std[row] ** 2;
     const live = rows.filter((row) => features.isLive(row));
     const ofConcept = new Map();
-    for (const row of live) ofConcept.set(features.concept(row), (ofConcept.get(features.concept(row)) || 0) + weight(row));
+    for (const row of live)
+      ofConcept.set(features.concept(row), (ofConcept.get(features.concept(row)) || 0) + weight(row));
     const total = live.reduce((sum, row) => sum + weight(row), 0) || 1;
     const key = (row) => (features.isRest(features.concept(row)) ? -1 : ofConcept.get(features.concept(row)));
     live.sort((a, b) => key(b) - key(a) || features.concept(a) - features.concept(b) || weight(b) - weight(a));
@@ -23,7 +24,13 @@
   }
 
   function heading(step, text, note) {
-    return el("div", { class: "split-head" }, el("span", { class: "step" }, step), el("strong", null, text), el("span", { class: "faint" }, note));
+    return el(
+      "div",
+      { class: "split-head" },
+      el("span", { class: "step" }, step),
+      el("strong", null, text),
+      el("span", { class: "faint" }, note),
+    );
   }
 
   /** The neuron's own exemplars, both ends. */
@@ -32,7 +39,12 @@
     const box = el(
       "a",
       { class: "card split-neuron", href: "feature.html" + hash(name), "data-end": "neuron" },
-      el("span", { class: "titled" }, el("span", { class: "label" }, `Neuron ${neuron}`), el("span", { class: "mono faint" }, `y${neuron}`)),
+      el(
+        "span",
+        { class: "titled" },
+        el("span", { class: "label" }, `Neuron ${neuron}`),
+        el("span", { class: "mono faint" }, `y${neuron}`),
+      ),
     );
     if (!exemplars.length) {
       box.append(el("span", { class: "state slim" }, "This catalogue holds no exemplars of neurons; a new one may."));
@@ -45,7 +57,9 @@
           "span",
           { class: end > 0 ? "mosaic positive-end" : "mosaic negative-end", role: "img",
             "aria-label": `${end > 0 ? "Positive" : "Negative"} end: ${top.map((e) => features.images[e.image].name).join(", ")}` }, // prettier-ignore
-          top.map((e) => Elude.pictures.picture(features.images[e.image], { layer: features.layers[layer], token: e.token })),
+          top.map((e) =>
+            Elude.pictures.picture(features.images[e.image], { layer: features.layers[layer], token: e.token }),
+          ),
         ),
       );
     }
@@ -55,15 +69,25 @@
   function subunitBox(features, { row, concept, part }, current) {
     return el(
       "a",
-      { class: row === current ? "card split-box current" : "card split-box", href: features.href(row), "data-subunit": row, "data-concept": concept, "data-part": part },
+      {
+        class: row === current ? "card split-box current" : "card split-box",
+        href: features.href(row),
+        "data-subunit": row,
+        "data-concept": concept,
+        "data-part": part,
+      },
       ends(features, row),
       el(
         "span",
         { class: "text" },
         parts.titled(features, row),
         parts.named(features, row),
-        el("span", { class: "faint number small", title: "part of the sub-units' summed variance" }, format.percent(part)),
-        el("span", { class: "joins" }, "joins ", features.title(concept)),
+        el(
+          "span",
+          { class: "faint number small", title: "part of the sub-units' summed variance" },
+          format.percent(part),
+        ),
+        el("span", { class: "joins" }, "joins ", features.short(concept)),
       ),
     );
   }
@@ -72,7 +96,11 @@
     const rest = features.isRest(row);
     return el(
       "a",
-      { class: row === current ? "card split-box current" : "card split-box", href: features.href(row), "data-joined": row },
+      {
+        class: row === current ? "card split-box current" : "card split-box",
+        href: features.href(row),
+        "data-joined": row,
+      },
       rest ? el("span", { class: "state slim" }, "what joins no concept") : ends(features, row),
       el(
         "span",
@@ -99,12 +127,18 @@
         const [[x0, y0], [x1, y1]] = [at(from, "right"), at(to, "left")];
         if (x1 <= x0) return null; // boxes stand below each other
         const middle = (x0 + x1) / 2;
-        return svg("path", { d: `M${x0} ${y0}C${middle} ${y0} ${middle} ${y1} ${x1} ${y1}`, "stroke-width": 1.25 + 12 * part });
+        return svg("path", {
+          d: `M${x0} ${y0}C${middle} ${y0} ${middle} ${y1} ${x1} ${y1}`,
+          "stroke-width": 1.25 + 12 * part,
+        });
       };
       const neuron = root.querySelector("[data-end=neuron]");
       const paths = [...root.querySelectorAll("[data-subunit]")].flatMap((box) => {
         const part = Number(box.dataset.part);
-        const drawn = [curve(neuron, box, part), curve(box, root.querySelector(`[data-joined="${box.dataset.concept}"]`), part)];
+        const drawn = [
+          curve(neuron, box, part),
+          curve(box, root.querySelector(`[data-joined="${box.dataset.concept}"]`), part),
+        ];
         if (box.classList.contains("current")) for (const path of drawn) path?.classList.add("current");
         return drawn;
       });
@@ -126,13 +160,25 @@
     const concepts = [...new Set(found.map((one) => one.concept))];
     const root = el(
       "div",
-      { class: "split", role: "group", "aria-label": `Neuron ${neuron}, its ${found.length} sub-units and the concepts they join` },
+      {
+        class: "split",
+        role: "group",
+        "aria-label": `Neuron ${neuron}, its ${found.length} sub-units and the concepts they join`,
+      },
       heading("1", "One neuron", "answers to a mixture"),
       el("div", { class: "split-column" }, neuronBox(features, layer, tokens, neuron, exemplars)),
       heading("2", found.length === 1 ? "One sub-unit" : `${found.length} sub-units`, "add up to the neuron"),
-      el("div", { class: "split-column" }, found.map((one) => subunitBox(features, one, current))),
+      el(
+        "div",
+        { class: "split-column" },
+        found.map((one) => subunitBox(features, one, current)),
+      ),
       heading("3", concepts.length === 1 ? "One concept" : `${concepts.length} concepts`, "each sub-unit joins one"),
-      el("div", { class: "split-column" }, concepts.map((row) => conceptBox(features, row, current))),
+      el(
+        "div",
+        { class: "split-column" },
+        concepts.map((row) => conceptBox(features, row, current)),
+      ),
     );
     connect(root);
     return root;

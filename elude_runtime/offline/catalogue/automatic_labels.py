@@ -1,0 +1,80 @@
+"""A label for each feature from what the model itself says of its exemplars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elude_runtime.offline.catalogue.answers import Answers
+from elude_runtime.offline.catalogue.best_images import NOWHERE
+
+NAMED = 3  # classes of an end at most
+LONGEST = 60  # characters
+_LEAST_SHARE = 0.02  # mean probability, over the top images but the one that is surest of the class
+_LEAST_LIFT = 5.0  # over the base rate
+_BETWEEN = " ↔ "  # what is between the ends
+
+
+def shown_classes(places: Tensor, answers: Answers) -> Tensor:
+    """int64 [F, 3]: the classes that stand out among the top images of an end, the most first, -1 where there is none.
+
+    places int64 [n, F]. A class stands out by its mean probability over the top images, its surest image left out (one
+    image speaks for nothing): at least .02, and 5 times its base rate over all images. Probabilities beyond an image's
+    first ten classes count as 0.
+    """
+    features = places.shape[1]
+    shown = torch.full((features, NAMED), -1)
+    feature, rank = (places.T != NOWHERE).nonzero(as_tuple=True)
+    if not len(feature) or not answers.classes.shape[1]:
+        return shown
+    rows = answers.rows(places[rank, feature])
+    classes, probabilities = answers.classes[rows].long().numpy(), answers.probabilities[rows].double().numpy()
+    count = len(answers.total)
+    key = feature.numpy()[:, None] * count + classes
+    pairs, which = np.unique(key.ravel(), return_inverse=True)
+    total, most = np.zeros(len(pairs)), np.zeros(len(pairs))
+    np.add.at(total, which, probabilities.ravel())
+    np.maximum.at(most, which, probabilities.ravel())
+    images = torch.bincount(feature, minlength=features).numpy()
+    of, named = pairs // count, pairs % count
+    share = (total - most) / np.maximum(1, images[of] - 1)
+    lift = share / np.maximum(answers.base_rate.numpy()[named], 1e-12)
+    out = (share >= _LEAST_SHARE) & (lift >= _LEAST_LIFT)
+    of, named, share = of[out], named[out], share[out]
+    order = np.lexsort((-share, of))
+    of, named = of[order], named[order]
+    number = np.arange(len(of)) - np.searchsorted(of, of)
+    first = number < NAMED
+    shown[torch.from_numpy(of[first]), torch.from_numpy(number[first])] = torch.from_numpy(named[first])
+    return shown
+
+
+def label_text(positive: Sequence[int], negative: Sequence[int], names: Sequence[str]) -> str:
+    """`zebra, sorrel ↔ minivan`: what shows at the positive end, and at the negative one; empty where nothing does."""
+    ends = [[_short(names[c]) for c in end if c >= 0] for end in (positive, negative)]
+    while len(text := _joined(ends)) > LONGEST and max(map(len, ends)) > 1:
+        max(ends, key=len).pop()
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _joined(ends: list[list[str]]) -> str:
+    positive, negative = (", ".join(end) for end in ends)
+    return f"{positive}{_BETWEEN}{negative}".strip() if negative else positive
+
+
+def _short(name: str) -> str:
+    """The first of a class's names."""
+    return " ".join(name.split(",")[0].split())
+
+
+def label_texts(shown: dict[str, NDArray[np.int64]], names: Sequence[str]) -> list[str]:
+    """The labels of F features; shown: of both ends [F, 3]."""
+    if not names:
+        return [""] * len(shown["positive"])
+    return [
+        label_text(p, n, names) for p, n in zip(shown["positive"].tolist(), shown["negative"].tolist(), strict=True)
+    ]

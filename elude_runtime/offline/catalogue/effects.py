@@ -1,0 +1,156 @@
+"""Which classes a feature raises and lowers: the measured change of the model's answer when it is more active.
+
+In a class-token model what a patch token carries reaches the answer only through later attention, so the effect is
+that of the whole network after the layer, by tails, on a few images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elude_runtime.analysis.model import EludeModel
+from elude_runtime.analysis.split_state import SplitState
+from elude_runtime.network.tail import Recording
+from elude_runtime.offline.catalogue.layer_pass import LayerPass, TypeFeatures
+from elude_runtime.offline.collect import State
+from elude_runtime.offline.image_files import spread
+from elude_runtime.offline.images import ImageSource, Progress
+from elude_runtime.offline.resume import Resume
+
+LISTED = 5  # classes of each direction
+_STATE = "effects"
+_TAIL_ROWS = 32
+_CHANGE_FLOATS = 16_000_000  # of the changes of one tail
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """What the features of a layer and token type add to its output when they rise, each on all tokens of its type:
+    change float32 [D, d]; source int64 [F]: of each feature the row; factor [F]: its own change over the row's. All
+    sub-units of a neuron write to the same output, so they share a row, and each has its part of what that does."""
+
+    token_type: int
+    change: Tensor
+    source: Tensor
+    factor: Tensor
+
+
+def directions(state: SplitState, own: TypeFeatures) -> Directions:
+    """Rows for the concepts (every member risen by one standard deviation of the concept's activation, in its own
+    standard deviations), then for the neurons with a sub-unit among the features (risen by the root mean square of
+    their sub-units' standard deviations)."""
+    neurons = torch.tensor([-1 if f.neuron is None else f.neuron for f in own.features])
+    concepts = int((neurons < 0).sum())
+    std = own.std
+    change = torch.zeros(concepts, state.linear.neurons)
+    for row, feature in enumerate(own.features[:concepts]):
+        write = state.feature_write(feature)
+        change[row, write.neurons.cpu()] = write.std.cpu() * std[row]
+    used, which = neurons[concepts:].unique(return_inverse=True)
+    count = torch.bincount(which, minlength=len(used))
+    square = torch.zeros(len(used)).index_add_(0, which, std[concepts:].square())
+    step = (square / count).sqrt()
+    of_neurons = torch.zeros(len(used), state.linear.neurons)
+    of_neurons[torch.arange(len(used)), used] = step
+    source = torch.cat([torch.arange(concepts), concepts + which])
+    factor = torch.cat([torch.ones(concepts), std[concepts:] / step[which]])
+    return Directions(own.token_type, torch.cat([change, of_neurons]), source, factor)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassEffects:
+    """Of each of F features: classes int64 [F, n] that it raises most and effects float32 [F, n], largest first, and
+    the same of those it lowers; effects of 0 mean that there is none."""
+
+    raised: Tensor
+    raises: Tensor
+    lowered: Tensor
+    lowers: Tensor
+
+
+def measure_effects(
+    model: EludeModel,
+    layers: Mapping[str, LayerPass],
+    source: ImageSource,
+    count: int,
+    resume: Resume,
+    report: Progress,
+) -> dict[str, list[ClassEffects | None]]:
+    """Of each layer's token types, the effects on at most `count` images spread over the source. None for a model
+    without classes, with `count` 0, and where none of these images can be read."""
+    if model.manifest.output != "logits" or not count:
+        return {name: [None] * len(one.types) for name, one in layers.items()}
+    sums = {name: [_Sums(directions(one.split, t.own)) for t in one.types] for name, one in layers.items()}
+    every = [one for of_layer in sums.values() for one in of_layer]
+    start = 0
+    if kept := resume.load(_STATE):
+        start = kept["next"]
+        for one, state in zip(every, kept["sums"], strict=True):
+            one.restore(state)
+    few = source.at(torch.from_numpy(spread(source.count or 0, count)))
+    few.batch_size = 1  # so that a run goes on at any image
+    rows = sum(len(one.directions.change) for one in every)
+    report("classes", start * rows, (few.count or 0) * rows)
+    for batch in few.numbered(start):
+        if len(batch.places):
+            recording = model.record(batch.images.to(next(model.base.parameters())), list(layers))
+            for name, of_layer in sums.items():
+                for one in of_layer:
+                    one.add(model, layers[name].split, recording, report)
+        if resume.due():
+            resume.save(_STATE, {"next": batch.number + 1, "sums": [one.state() for one in every]})
+    return {name: [one.classes() for one in of_layer] for name, of_layer in sums.items()}
+
+
+class _Sums:
+    """What each direction of a token type did to the centred logits, summed over images."""
+
+    def __init__(self, own: Directions) -> None:
+        self.directions = own
+        self.total = torch.zeros(len(own.change), 0)
+        self.images = 0
+
+    @torch.no_grad()
+    def add(self, model: EludeModel, state: SplitState, recording: Recording, report: Progress) -> None:
+        """One image: a tail row for each direction, and in each pass one of a null edit, to measure against."""
+        change, tokens = self.directions.change, state.layout.slices[self.directions.token_type]
+        shape = (state.layout.total, state.linear.neurons)
+        step = max(2, min(_TAIL_ROWS, _CHANGE_FLOATS // (shape[0] * shape[1]))) - 1
+        y, found = recording.y[state.name], []
+        for part in change.to(y.device).split(step):
+            edits = torch.zeros(len(part) + 1, *shape, device=y.device)
+            edits[1:, tokens] = part[:, None]
+            rows = torch.zeros(len(edits), dtype=torch.int64, device=y.device)
+            with model.lock:
+                given = state.changed(y.expand(len(edits), *y.shape[1:]), edits)
+                out = model.tails.run(recording, state.name, given, rows).float()
+            moved = out[1:] - out[0]
+            found.append((moved - moved.mean(1, keepdim=True)).cpu())
+            report("classes", len(part), None)
+        if found:
+            self.total = torch.cat(found) + (self.total if self.images else 0)
+            self.images += 1
+
+    def classes(self) -> ClassEffects | None:
+        if not self.images:
+            return None
+        mean = self.total / self.images
+        few = min(LISTED, mean.shape[1])
+        source, factor = self.directions.source, self.directions.factor[:, None]
+        raised, lowered = mean.topk(few, dim=1), (-mean).topk(few, dim=1)
+        return ClassEffects(
+            raised.indices[source],
+            raised.values[source].clamp(min=0) * factor,
+            lowered.indices[source],
+            -lowered.values[source].clamp(min=0) * factor,
+        )
+
+    def state(self) -> State:
+        return {"total": self.total, "images": self.images}
+
+    def restore(self, state: State) -> None:
+        self.total, self.images = state["total"], state["images"]
