@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import elude_runtime as elude
 from elude_runtime.analysis.model import EludeModel
 from elude_runtime.cli import main
 from elude_runtime.network.preprocessing import DataConfig
+from elude_runtime.offline.catalogue.run import make_catalogue
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_FILES = ("weights/deit_tiny_3bit.safetensors", "weights/mobilenetv2_100.safetensors", "data/imagenet")
@@ -123,6 +125,15 @@ def headless(tmp_path_factory: pytest.TempPathFactory) -> Rewritten:
         model_args=args,
     )
     return Rewritten(out, base, VIT_DATA, model, input_tensor(VIT_DATA, 3))
+
+
+@pytest.fixture(scope="session")
+def catalogued(tmp_path_factory: pytest.TempPathFactory, vit: Rewritten, pictures: Path) -> Path:
+    """The tiny ViT's checkpoint with a catalogue of the pictures. Only to be read."""
+    out = tmp_path_factory.mktemp("catalogued") / "ckpt"
+    shutil.copytree(vit.path, out)
+    make_catalogue(out, pictures, batch_size=7)
+    return out
 
 
 @pytest.fixture(params=["vit", "registers", "mobilenet"])

@@ -10,6 +10,7 @@ import elude_runtime
 from elude_runtime.cli.activations import activations
 from elude_runtime.cli.archive import archive
 from elude_runtime.cli.bench import bench
+from elude_runtime.cli.catalogue import catalogue
 from elude_runtime.cli.demo import demo
 from elude_runtime.cli.diff import diff
 from elude_runtime.cli.evaluate import evaluate
@@ -17,10 +18,12 @@ from elude_runtime.cli.explain import explain
 from elude_runtime.cli.explore import explore
 from elude_runtime.cli.health import health
 from elude_runtime.cli.inspect import inspect
+from elude_runtime.cli.label import label
 from elude_runtime.cli.layers import layers
 from elude_runtime.cli.policy import policy
 from elude_runtime.cli.report import report
 from elude_runtime.cli.rewrite import rewrite
+from elude_runtime.cli.search import search
 from elude_runtime.cli.serve import serve
 from elude_runtime.cli.steer import steer
 from elude_runtime.cli.vector import vector
@@ -34,8 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, layers, rewrite, verify, inspect, explain, steer, vector, activations, diff, evaluate, report, explore,
-    archive, serve, health,
+    demo, layers, rewrite, verify, catalogue, inspect, search, label, explain, steer, vector, activations, diff,
+    evaluate, report, explore, archive, serve, health,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(command.__name__)(command)

@@ -202,6 +202,36 @@ def report(
     print(json.dumps(found, indent=2)) if as_json else _show_report(found)
 
 
+@bench.command("catalogue")
+def catalogue(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint that `elude rewrite` made.")],
+    images: Annotated[str, typer.Option(help=options.IMAGES)] = ...,  # type: ignore[assignment]
+    layers: Annotated[list[str] | None, typer.Option(help="A split layer; repeated. Default: all.")] = None,
+    effect_images: Annotated[int, typer.Option(help="As for `elude catalogue`.", min=0)] = 8,
+    rounds: Annotated[int, typer.Option(help="Catalogues, each between two plain passes.", min=1)] = 3,
+    max_images: Annotated[int | None, typer.Option(help="Use this many, spread over the folder.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 25,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
+    trust_factory: Annotated[
+        bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """The time of a catalogue beside two plain passes over the images, with the bound it should keep."""
+    from elude_runtime.offline.bench import environment
+    from elude_runtime.offline.catalogue.bench import catalogue_time
+    from elude_runtime.offline.catalogue.run import CatalogueOptions
+
+    console.print(f"{rounds} catalogues, each between two plain passes …")
+    wanted = CatalogueOptions(effect_images=effect_images)
+    found = catalogue_time(
+        checkpoint, images, wanted, layers, rounds, batch_size=batch_size, workers=workers, limit=max_images,
+        trust_factory=trust_factory,
+    )  # fmt: skip
+    found = {"environment": environment(), **found}
+    print(json.dumps(found, indent=2)) if as_json else _show_catalogue(found)
+
+
 @contextmanager
 def _checkpoint(
     asked: options.ModelOptions, images: str, layers: list[str] | None, count: int, how: tuple[Any, ...]
@@ -298,3 +328,18 @@ def _show(found: dict[str, Any]) -> None:
                 f"  {run['images']:6} images: rewrite {run['rewrite_mib']}, a plain pass {run['plain_mib']}, "
                 f"difference {added}"
             )
+
+
+def _show_catalogue(found: dict[str, Any]) -> None:
+    from elude_runtime.offline.bench import Ratio
+
+    facts = found["environment"]
+    print(f"torch {facts['torch']}, {facts['threads']} threads on {facts['cores']} cores")
+    features = ", ".join(f"{layer} {count}" for layer, count in found["features"].items())
+    print(f"catalogue of {found['images']} images ({features} features) / plain pass: {Ratio(**found['ratio'])}")
+    print(f"  {found['catalogue_seconds']} s / {found['plain_seconds']} s; by stage:")
+    for stage, seconds in found["stages_seconds"].items():
+        print(f"  {seconds:8.2f} s  {stage}")
+    verdict = "met" if found["met"] else "NOT met"
+    beyond, bound = found["seconds_beyond_two_passes"], found["bound_seconds"]
+    print(f"beyond two plain passes: {beyond} s, at most {bound}: {verdict}")

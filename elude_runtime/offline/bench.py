@@ -85,7 +85,7 @@ def rewrite_time(base: BaseModel, work: Workload, rounds: int) -> dict[str, Any]
     stages: dict[str, float] = {}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            clock = _StageClock()
+            clock = StageClock()
             whole.append(_timed(lambda: work.rewrite(base, Path(folder) / "ckpt", clock)))  # noqa: B023
             stages = clock.seconds
         plain.append(_timed(lambda: plain_pass(base.model, work.source())))
@@ -143,7 +143,7 @@ def plain_pass(model: nn.Module, source: ImageSource) -> None:
             model(images.to(parameter.device, parameter.dtype))
 
 
-class _StageClock:
+class StageClock:
     """A progress callback that adds up the seconds of each stage."""
 
     def __init__(self) -> None:

@@ -15,26 +15,27 @@ from elude_runtime.offline.catalogue.best_images import NOWHERE
 NAMED = 3  # classes of an end at most
 LONGEST = 60  # characters
 _LEAST_SHARE = 0.02  # mean probability, over the top images but the one that is surest of the class
-_LEAST_LIFT = 5.0  # over the base rate
+_LEAST_ODDS = 5.0  # over the odds of the base rate
 _BETWEEN = " ↔ "  # what is between the ends
 
 
-def shown_classes(places: Tensor, answers: Answers) -> Tensor:
+def shown_classes(places: Tensor, answers: Answers, classes: Sequence[str]) -> Tensor:
     """int64 [F, 3]: the classes that stand out among the top images of an end, the most first, -1 where there is none.
 
-    places int64 [n, F]. A class stands out by its mean probability over the top images, its surest image left out (one
-    image speaks for nothing): at least .02, and 5 times its base rate over all images. Probabilities beyond an image's
-    first ten classes count as 0.
+    places int64 [n, F]; classes: their names, and without any none stands out. A class stands out by its mean
+    probability over the top images, its surest image left out (one image speaks for nothing): at least .02, at odds of
+    at least 5 times those of its base rate over all images. Probabilities beyond an image's first ten classes count
+    as 0.
     """
     features = places.shape[1]
     shown = torch.full((features, NAMED), -1)
     feature, rank = (places.T != NOWHERE).nonzero(as_tuple=True)
-    if not len(feature) or not answers.classes.shape[1]:
+    if not len(feature) or not classes:
         return shown
     rows = answers.rows(places[rank, feature])
-    classes, probabilities = answers.classes[rows].long().numpy(), answers.probabilities[rows].double().numpy()
+    numbers, probabilities = answers.classes[rows].long().numpy(), answers.probabilities[rows].double().numpy()
     count = len(answers.total)
-    key = feature.numpy()[:, None] * count + classes
+    key = feature.numpy()[:, None] * count + numbers
     pairs, which = np.unique(key.ravel(), return_inverse=True)
     total, most = np.zeros(len(pairs)), np.zeros(len(pairs))
     np.add.at(total, which, probabilities.ravel())
@@ -42,8 +43,8 @@ def shown_classes(places: Tensor, answers: Answers) -> Tensor:
     images = torch.bincount(feature, minlength=features).numpy()
     of, named = pairs // count, pairs % count
     share = (total - most) / np.maximum(1, images[of] - 1)
-    lift = share / np.maximum(answers.base_rate.numpy()[named], 1e-12)
-    out = (share >= _LEAST_SHARE) & (lift >= _LEAST_LIFT)
+    base = answers.base_rate.numpy()[named]
+    out = (share >= _LEAST_SHARE) & (share * (1 - base) >= _LEAST_ODDS * base * (1 - share))
     of, named, share = of[out], named[out], share[out]
     order = np.lexsort((-share, of))
     of, named = of[order], named[order]
@@ -73,8 +74,6 @@ def _short(name: str) -> str:
 
 def label_texts(shown: dict[str, NDArray[np.int64]], names: Sequence[str]) -> list[str]:
     """The labels of F features; shown: of both ends [F, 3]."""
-    if not names:
-        return [""] * len(shown["positive"])
     return [
         label_text(p, n, names) for p, n in zip(shown["positive"].tolist(), shown["negative"].tolist(), strict=True)
     ]

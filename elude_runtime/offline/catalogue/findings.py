@@ -69,7 +69,7 @@ def _type_findings(
     layer: LayerPass, one: TypePass, answers: Answers, classes: Sequence[str], effects: ClassEffects | None
 ) -> TypeFindings:
     ends = {
-        end: [shown_classes(best.places[:TOP], answers) for best in own]
+        end: [shown_classes(best.places[:TOP], answers, classes) for best in own]
         for end, own in (
             (POSITIVE, [b.positive for b in one.blocks]), (NEGATIVE, [b.negative for b in one.blocks])
         )

@@ -15,7 +15,7 @@ from elude_runtime.analysis.model import EludeModel, load
 from elude_runtime.checkpoint.exemplars import EXEMPLARS, FORMAT_VERSION
 from elude_runtime.checkpoint.labels import AUTOMATIC, USER, stored_labels
 from elude_runtime.checkpoint.storage import new_directory
-from elude_runtime.errors import ImagesError, SettingsError
+from elude_runtime.errors import CheckpointError, ImagesError, SettingsError
 from elude_runtime.network.tokens import TYPE_NAMES
 from elude_runtime.offline.catalogue.effects import measure_effects
 from elude_runtime.offline.catalogue.features import type_features
@@ -111,6 +111,11 @@ def make_catalogue(
         "threads": torch.get_num_threads(),
     }
     types = {name: type_features(state, table) for name, state in states.items()}
+    if not any(t.features for own in types.values() for t in own):
+        raise CheckpointError(
+            f"No feature of {', '.join(states)} ever varied on the calibration images, so no image can stand for one; "
+            "choose other layers, or rewrite with other images."
+        )
     with Resume(checkpoint / EXEMPLARS, settings, Ranks(), save_every) as resume:
         passed = ImagePass(model, {name: LayerPass(states[name], own) for name, own in types.items()}, options.seed)
         passed.run(source, resume, report)
