@@ -8,6 +8,7 @@ from typing import Any
 
 from elude_runtime.checkpoint.catalogue import FeatureCatalogue, read_catalogue
 from elude_runtime.checkpoint.exemplars import NEGATIVE, POSITIVE, TOP, Exemplars, read_exemplars
+from elude_runtime.checkpoint.labels import AUTOMATIC
 from elude_runtime.checkpoint.manifest import Manifest, read_manifest
 from elude_runtime.errors import CheckpointError
 
@@ -74,6 +75,7 @@ class Material:
         tops.sort(key=lambda one: one.rank)
         return {
             "label": facts.label if facts else None,
+            "automatic": facts is not None and facts.label_source == AUTOMATIC,
             "ends": {
                 end: [
                     {**self._image(one.image), "token": one.token, "activation": one.activation}

@@ -378,7 +378,7 @@ def test_the_checkpoint_is_told_without_a_server(browser: TestClient, upstream: 
     assert "elude catalogue" in facts["catalogue_missing"]
     name = vit.model.concept_names(vit.layer)[0]
     face = browser.post("/api/exemplars", json={"features": [name]}).json()[name]
-    assert face == {"label": None, "ends": {"positive": [], "negative": []}}
+    assert face == {"label": None, "automatic": False, "ends": {"positive": [], "negative": []}}
     assert browser.get("/api/samples/0").status_code == 404
     assert not upstream.requests
 

@@ -33,13 +33,17 @@ def renamed(folder: Path, names: dict[int, tuple[str, str]]) -> None:
 def test_a_face_has_both_ends_the_strongest_first(folder: Path) -> None:
     relabelled(folder, {FEATURE: HOSTILE})
     face = Material(folder).face(FEATURE)
-    assert face["label"] == HOSTILE
+    assert (face["label"], face["automatic"]) == (HOSTILE, False)
     for end, sign in (("positive", 1), ("negative", -1)):
         sizes = [sign * one["activation"] for one in face["ends"][end]]
         assert len(sizes) == 9 and sizes[0] > 0
     first = face["ends"]["positive"][0]
     assert first["aspect"] == 1.0 and first["file"] is None and Path(first["thumbnail"]).is_file()
-    assert Material(folder).face("nothing/P0") == {"label": None, "ends": {"positive": [], "negative": []}}
+    assert Material(folder).face("nothing/P0") == {
+        "label": None,
+        "automatic": False,
+        "ends": {"positive": [], "negative": []},
+    }
 
 
 def test_samples_are_spread_over_the_images_that_have_a_picture(tmp_path: Path) -> None:

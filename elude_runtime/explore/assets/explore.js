@@ -11,7 +11,7 @@ import { Sources } from "./source.js";
 import { decode, Stage } from "./stage.js";
 import { Toolbar } from "./toolbar.js";
 
-const { el, format, fromHash, pictures } = window.Elude;
+const { el, format, fromHash, pictures, ready } = window.Elude;
 const POLL = 2000; // milliseconds between looks whether a server is back
 
 const $ = (id) => document.getElementById(id);
@@ -82,6 +82,7 @@ class Explorer {
       this.checkpoint = await get("api/checkpoint");
     } catch (error) {
       this.#outage(error, () => this.start());
+      ready();
       return;
     }
     this.dialog = new PolicyDialog($("policy"), () => this.#edits(), this.checkpoint.path);
@@ -93,6 +94,7 @@ class Explorer {
     window.addEventListener("hashchange", () => this.#fromAddress());
     await this.#connect();
     await this.#fromAddress();
+    ready();
   }
 
   /** Ask the server what it is; where it does not answer, again and again. */

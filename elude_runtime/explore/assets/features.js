@@ -1,6 +1,7 @@
 /** The features of an explanation and those of the user's choice: each with its heat, its share, and a slider. */
 
 const { el, format, pictures, charts, hash } = window.Elude;
+const { written } = window.Elude.features;
 export const [LEAST, MOST, STEP] = [-2, 3, 0.1];
 
 /**
@@ -18,6 +19,7 @@ export const [LEAST, MOST, STEP] = [-2, 3, 0.1];
 /**
  * @typedef {Object} Face what the catalogue knows of a feature
  * @property {string | null} label
+ * @property {boolean} automatic  nobody wrote it
  * @property {{positive: Exemplar[], negative: Exemplar[]}} ends
  *
  * @typedef {{number: number, name: string, aspect: number, file: string | null, thumbnail: string | null, token: number,
@@ -147,7 +149,8 @@ export class Features {
   #row(shown, layer, view, largest, removable) {
     const { feature, heat } = shown;
     const short = feature.slice(layer.name.length + 1);
-    const name = shown.face?.label || shown.label || short;
+    const label = shown.face?.label || shown.label;
+    const name = label || short;
     const others = faces(shown, layer);
     const picture = heat
       ? pictures.picture(view, {
@@ -184,14 +187,10 @@ export class Features {
           { class: "title" },
           el(
             "a",
-            {
-              class: name !== short ? "label" : "mono",
-              href: `feature.html${hash(feature)}`,
-              title: `${feature}: its page`,
-            },
-            name,
+            { class: label ? "" : "mono", href: `feature.html${hash(feature)}`, title: `${feature}: its page` },
+            label ? written(label, Boolean(shown.face?.automatic)) : short,
           ),
-          name !== short && el("span", { class: "mono faint small" }, short),
+          label && el("span", { class: "mono faint small" }, short),
           removable &&
             el(
               "button",

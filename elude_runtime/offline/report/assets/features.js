@@ -146,9 +146,8 @@
    * A label as elements. An automatic one says what shows at each end (`zebra ↔ minivan`): each part with the end's
    * colour, and the mark that nobody wrote it.
    */
-  function labelled(features, row) {
-    const label = features.label(row);
-    if (!features.isAutomatic(row)) return [el("span", { class: "label", dir: "auto" }, label)];
+  function written(label, automatic) {
+    if (!automatic) return [el("span", { class: "label", dir: "auto" }, label)];
     const [positive, negative] = label.split("↔").map((text) => text.trim());
     const part = (text, end) =>
       text &&
@@ -159,6 +158,10 @@
       "auto",
     );
     return [part(positive, "positive"), part(negative, "negative"), mark];
+  }
+
+  function labelled(features, row) {
+    return written(features.label(row), features.isAutomatic(row));
   }
 
   /** Its label, or its name where it has none. */
@@ -236,5 +239,5 @@
     );
   }
 
-  Elude.features = { all, card, line, strip, titled, labelled, named };
+  Elude.features = { all, card, line, strip, titled, labelled, written, named };
 })();
