@@ -58,18 +58,20 @@ def explore(
         raise EludeError("--key-file belongs to a server that runs; give its address with --url.")
     material = Material(checkpoint)
     name = model or default_name(checkpoint)
+    digest = material.manifest.checkpoint_sha256
+    served = ServedModel(url, name, digest, token=token or _key(key_file)) if url is not None else None
     with (
         tempfile.TemporaryDirectory(prefix="elude-explore-") as scratch,
         loopback_socket(port) as listening,
-        own_server(material, Path(scratch), name, trust_factory=trust_factory) if url is None else nullcontext() as own,
+        nullcontext() if served else own_server(material, Path(scratch), name, trust_factory=trust_factory) as own,
     ):
         with console.status("Rendering the pages"):
             write_pages(checkpoint, Path(scratch) / "pages")
         if own is not None:
             with console.status(f"Starting TorchServe and loading {name}"):
                 own.wait_ready(timeout)
-        address, key = (own.url, own.token()) if own else (url or "", token or _key(key_file))
-        served = ServedModel(address, name, material.manifest.checkpoint_sha256, token=key)
+            served = ServedModel(own.url, name, digest, token=own.token())
+        assert served is not None
         number = listening.getsockname()[1]
         explorer = Explorer(served, material, Path(scratch) / "pages", new_secret(), f"elude-explore-{number}")
         facts = {"address": f"http://{HOST}:{number}/?key={explorer.secret}", "url": served.url, "model": name}

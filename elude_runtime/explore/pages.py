@@ -20,7 +20,7 @@ def write_pages(checkpoint: Path, folder: Path) -> None:
     `write_report`."""
     write_report(checkpoint, folder, explorer=True)
     shell = shell_of(read_manifest(checkpoint), explorer=True)
-    shell = replace(shell, styles=("base.css", "parts.css", "forms.css", "explore/explore.css"))
+    shell = replace(shell, styles=("base.css", "parts.css", "forms.css", "explore/explore.css", "explore/steer.css"))
     page = environment(_PACKAGE).get_template(f"{PAGE}.jinja")
     text = page.render(shell=shell, page=PAGE, nonce=secrets.token_urlsafe(16), checkpoint=str(checkpoint))
     (folder / PAGE).write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 /** The explorer: one image, what carried its prediction, and what happens when features are turned up and down. */
 
 import { ask, get, post, Problem } from "./api.js";
-import { addedOf, Features, groupsOf } from "./features.js";
+import { addedOf, Features, fits, groupsOf } from "./features.js";
 import { CopyPanel, PolicyDialog } from "./keep.js";
 import { Latest } from "./latest.js";
 import { Notices } from "./notices.js";
@@ -284,8 +284,19 @@ class Explorer {
 
   // --- what is drawn ---------------------------------------------------------------------------------------------------
 
+  /** The edits in force: those that the scope leaves some tokens. */
   #edits() {
-    return editsOf(this.factors, this.toolbar.scope);
+    const { scope } = this.toolbar;
+    const acting = [...this.factors].filter(([feature]) => fits(feature, scope, this.checkpoint.layers));
+    return editsOf(new Map(acting), scope);
+  }
+
+  #sayIdle(acting) {
+    const idle = [...this.factors.keys()].filter((feature) => !acting.some((edit) => edit.feature === feature));
+    if (!idle.length) return this.notices.clear("scope");
+    const where = { cls: "the class token", patches: "patches", box: "the box" }[this.toolbar.scope.kind];
+    const title = `Kept to ${where}, ${idle.join(" and ")} ${idle.length > 1 ? "change" : "changes"} nothing`;
+    this.notices.show("scope", { title, detail: "Features of other tokens are left as they are.", tone: "warn" });
   }
 
   #view() {
@@ -305,7 +316,8 @@ class Explorer {
 
   #draw() {
     const view = this.#view();
-    this.toolbar.showCount(view.edits.length);
+    this.toolbar.showCount(this.factors.size, view.edits.length);
+    this.#sayIdle(view.edits);
     if (this.reply) {
       // An answer that is steered by what was just taken back is not shown as if it still were.
       const steering = view.edits.length + view.policies.length + this.reply.answer.policies.length > 0;

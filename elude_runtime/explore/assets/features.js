@@ -65,6 +65,14 @@ export function isPrefix(feature, layer) {
   return layer.prefix > 0 && /\/[Cc](\d+|rest)$/.test(feature);
 }
 
+/** Whether edits that are kept to a scope can act on a feature: each lives on tokens of one type. */
+export function fits(feature, scope, layers) {
+  const layer = layers.find((one) => feature.startsWith(`${one.name}/`));
+  if (!layer || scope.kind === "all" || (scope.kind === "box" && !scope.box)) return true;
+  const prefix = isPrefix(feature, layer);
+  return scope.kind === "cls" ? prefix : !prefix && (scope.kind === "patches" || layer.grid !== null);
+}
+
 export class Features {
   /**
    * @param {HTMLElement} place

@@ -99,11 +99,11 @@ export class Toolbar {
     );
   }
 
-  /** @param {number} edits  how many there are */
-  showCount(edits) {
-    $("reset").disabled = !edits && !this.policies.length;
+  /** @param {number} changed  features @param {number} edits  those of them that are in force */
+  showCount(changed, edits) {
+    $("reset").disabled = !changed && !this.policies.length;
     $("save").disabled = !edits;
-    $("reset").textContent = edits ? `Reset (${edits})` : "Reset";
+    $("reset").textContent = changed ? `Reset (${changed})` : "Reset";
   }
 }
 
