@@ -50,9 +50,7 @@ def _tell(console: Console, story: Story, report: Path) -> None:
     console.print(f"   The default predictions in the same replies {same}.")
     for failure in story.failures:
         console.print(f"[bold red]Did not hold:[/] {failure}")
-    console.print(
-        f"\nThis story in pictures: open {report}; all features: open {story.pages}    ({story.seconds:.0f} s)"
-    )
+    console.print(f"\nThis story in pictures: open {report}    ({story.seconds:.0f} s)", soft_wrap=True)
     elude = Path(sys.argv[0]).name if shutil.which(Path(sys.argv[0]).name) else sys.argv[0]
     store, checkpoint = story.out / "model_store", story.out / "checkpoint"
     for what, command in (

@@ -111,12 +111,11 @@ def read_keys(run_dir: Path) -> dict[str, str]:
 def read_key_file(file: Path) -> dict[str, str]:
     """The keys in TorchServe's key_file.json, by purpose. ServerError where it cannot be read."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            purpose: entry["key"] for purpose, entry in content.items() if isinstance(entry, dict) and "key" in entry
-        }
-    except (OSError, ValueError, AttributeError) as error:
-        raise ServerError(f"{file} cannot be read as a key file: {error}") from error
+        content = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not TorchServe's"
+        raise ServerError(f"{file} cannot be read as a key file: {reason}.") from error
+    return {purpose: entry["key"] for purpose, entry in content.items() if isinstance(entry, dict) and "key" in entry}
 
 
 def _not_alive(inference: str, token: str | None, timeout: float) -> str | None:
