@@ -153,6 +153,46 @@ def attribution(
     print(json.dumps(found, indent=2)) if as_json else _show_attribution(found)
 
 
+@bench.command("explore")
+def explore(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint that `elude rewrite` made.")],
+    images: Annotated[str, typer.Option(help=options.IMAGES)] = ...,  # type: ignore[assignment]
+    pairs: Annotated[int, typer.Option(help="Pairs of a plain prediction and a slider's question.", min=1)] = 200,
+    max_images: Annotated[int, typer.Option(help="Use this many, spread over the folder.", min=1, max=8)] = 8,
+    trust_factory: Annotated[
+        bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """A slider's answer in the explorer, as multiples of a plain prediction, both from a TorchServe that it starts."""
+    from elude_runtime.cli.explore import own_server
+    from elude_runtime.explore.app import Explorer
+    from elude_runtime.explore.material import Material
+    from elude_runtime.explore.measure import slider_time
+    from elude_runtime.explore.served import ServedModel
+    from elude_runtime.network.preprocessing import DataConfig
+    from elude_runtime.offline.images import ImageSource
+
+    material = Material(checkpoint)
+    source = ImageSource(images, DataConfig.parse(material.manifest.data_config))
+    encoded = list(source.encoded(max_images))
+    with TemporaryDirectory() as folder, own_server(material, Path(folder), "m", trust_factory=trust_factory) as server:
+        server.wait_ready()
+        served = ServedModel(server.url, "m", material.manifest.checkpoint_sha256, token=server.token())
+        pages = Path(folder) / "pages"
+        pages.mkdir()
+        (pages / "explore.html").touch()
+        with stages() as bar:
+            found = slider_time(Explorer(served, material, pages, "bench"), server.token(), encoded, pairs, bar)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from elude_runtime.offline.bench import Ratio
+
+    print(f"plain prediction {found['plain_ms']} ms, slider's answer {found['slider_ms']} ms (medians)")
+    print(f"slider's answer: {Ratio(**found['ratio'])} plain predictions")
+
+
 @bench.command("report")
 def report(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, with its catalogue.")],
@@ -257,21 +297,6 @@ def _show_report(found: dict[str, Any]) -> None:
     )
 
 
-def _show_catalogue(found: dict[str, Any]) -> None:
-    from elude_runtime.offline.bench import Ratio
-
-    facts = found["environment"]
-    print(f"torch {facts['torch']}, {facts['threads']} threads on {facts['cores']} cores")
-    features = ", ".join(f"{layer} {count}" for layer, count in found["features"].items())
-    print(f"catalogue of {found['images']} images ({features} features) / plain pass: {Ratio(**found['ratio'])}")
-    print(f"  {found['catalogue_seconds']} s / {found['plain_seconds']} s; by stage:")
-    for stage, seconds in found["stages_seconds"].items():
-        print(f"  {seconds:8.2f} s  {stage}")
-    verdict = "met" if found["met"] else "NOT met"
-    beyond, bound = found["seconds_beyond_two_passes"], found["bound_seconds"]
-    print(f"beyond two plain passes: {beyond} s, at most {bound}: {verdict}")
-
-
 def _show_attribution(found: dict[str, Any]) -> None:
     from elude_runtime.offline.evaluation.attribution_effects import Summary
 
@@ -309,3 +334,18 @@ def _show(found: dict[str, Any]) -> None:
                 f"  {run['images']:6} images: rewrite {run['rewrite_mib']}, a plain pass {run['plain_mib']}, "
                 f"difference {added}"
             )
+
+
+def _show_catalogue(found: dict[str, Any]) -> None:
+    from elude_runtime.offline.bench import Ratio
+
+    facts = found["environment"]
+    print(f"torch {facts['torch']}, {facts['threads']} threads on {facts['cores']} cores")
+    features = ", ".join(f"{layer} {count}" for layer, count in found["features"].items())
+    print(f"catalogue of {found['images']} images ({features} features) / plain pass: {Ratio(**found['ratio'])}")
+    print(f"  {found['catalogue_seconds']} s / {found['plain_seconds']} s; by stage:")
+    for stage, seconds in found["stages_seconds"].items():
+        print(f"  {seconds:8.2f} s  {stage}")
+    verdict = "met" if found["met"] else "NOT met"
+    beyond, bound = found["seconds_beyond_two_passes"], found["bound_seconds"]
+    print(f"beyond two plain passes: {beyond} s, at most {bound}: {verdict}")
