@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from conftest import NARROW, WIDE, Visits
+from browser_visits import NARROW, WIDE, Visits
 from PIL import Image
 from report_checkpoint import HOSTILE
 from support import VIT_ARGS, VIT_DATA, input_tensor, tiny_vit

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import NARROW, WIDE, Visits
+from browser_visits import NARROW, WIDE, Visits
 from report_checkpoint import HOSTILE, LAYER, certificate, evaluation, relabelled
 
 from elude_runtime.checkpoint.catalogue import read_catalogue

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Visits
+from browser_visits import Visits
 from report_checkpoint import LAYER, certificate, evaluation
 
 from elude_runtime.offline.feature_table import TABLE

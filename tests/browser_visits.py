@@ -16,7 +16,7 @@ from elude_runtime.offline.report.report import write_report
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Request
 
-SCREENSHOTS = Path(__file__).parent / "screenshots"
+SCREENSHOTS = Path(__file__).parent / "browser" / "screenshots"
 OURS = ("file:", "data:", "blob:", "http://127.0.0.1:")
 WIDE, NARROW = (1360, 900), (360, 740)
 
