@@ -30,7 +30,7 @@ def test_halves_are_disjoint_and_by_the_checkpoints_method(vit: Rewritten, tmp_p
     images = input_tensor(VIT_DATA, 24, 0)
     folder = tmp_path_factory.mktemp("halves")  # type: ignore[attr-defined]
     halves = rewritten_halves(
-        vit.model, [SECOND], ImageSource(images, VIT_DATA, batch_size=8), torch.arange(24), folder, lambda *_: None
+        vit.model, [SECOND], ImageSource(images, VIT_DATA, batch_size=8), folder, lambda *_: None
     )
     for half in halves:
         assert half.layers == [SECOND] and half.manifest.calibration.images == 12
