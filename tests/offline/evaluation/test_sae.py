@@ -16,6 +16,7 @@ from elude_runtime.offline.evaluation.sae import (
     SparseCoder,
     SparseConfig,
     TrainedCoder,
+    _largest,
     _schedule,
     _Training,
     train,
@@ -193,6 +194,19 @@ def test_tokens_that_never_vary(kind: Kind) -> None:
     one = train(tokens, tokens, config(kind, latents=4, active=1, steps=120, dead_steps=5))
     torch.testing.assert_close(one.coder.decode(one.coder.encode(tokens)), tokens)
     assert one.fvu == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("size", "zeros"), [(1, 0), (20, 0), (5000, 0), (5000, 4900), (5000, 5000)])
+def test_the_largest_of_many_are_found(size: int, zeros: int) -> None:
+    values = torch.rand(size, generator=torch.Generator().manual_seed(size))
+    values[:zeros] = 0
+    for count in (1, size // 3 + 1, size):
+        found = _largest(values, count)
+        assert bool((found.diff() > 0).all())
+        assert torch.equal(values[found].sort().values, values.sort().values[-count:])
+    uneven = torch.zeros(5000)
+    uneven[::16] = 1  # the sample sees nothing else
+    assert len(_largest(uneven, 1000)) == 1000 and float(uneven[_largest(uneven, 1000)].sum()) == 313
 
 
 def test_scale_makes_the_mean_square_one() -> None:
