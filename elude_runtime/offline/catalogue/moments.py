@@ -8,6 +8,7 @@ from torch import Tensor
 from elude_runtime.offline.collect import State
 
 WIDEST = 6144  # columns, of which the covariance takes 300 MB
+_STRIPE = 128  # columns
 
 
 class Moments:
@@ -34,13 +35,14 @@ class Moments:
             self.outer = torch.zeros(self.columns, self.columns, dtype=torch.float64, device=self.device)
         rows = rows - self.shift
         self.sum += rows.sum(0, dtype=torch.float64)
-        self.outer += rows.T @ rows
+        for start in range(0, self.columns, _STRIPE):  # what is below the diagonal is what is above it
+            self.outer[start : start + _STRIPE, start:] += rows[:, start : start + _STRIPE].T @ rows[:, start:]
         self.count += len(rows)
 
     def covariance(self) -> Tensor:
         """float64 [C, C]."""
-        mean = self.sum / self.count
-        return self.outer / self.count - torch.outer(mean, mean)
+        mean, upper = self.sum / self.count, self.outer.triu()
+        return (upper + upper.triu(1).T) / self.count - torch.outer(mean, mean)
 
     def state(self) -> State:
         shift = None if self.shift is None else self.shift.cpu()
