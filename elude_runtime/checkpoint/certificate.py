@@ -36,9 +36,10 @@ def read_certificate(checkpoint: Path, checkpoint_sha256: str) -> Certificate:
         document = json.loads((checkpoint / VERIFICATION).read_text(encoding="utf-8"))
         if document["checkpoint_sha256"] != checkpoint_sha256:
             return Certificate("foreign")
-        if not all(_is_check(c) for c in document["checks"]) or not isinstance(document["made"], str):
+        sound = isinstance(document["made"], str) and isinstance(document["images"], int)
+        if not sound or not all(_is_check(c) for c in document["checks"]):
             return Certificate("damaged")
-        return Certificate("holds" if document["holds"] and int(document["images"]) >= 0 else "fails", document)
+        return Certificate("holds" if document["holds"] else "fails", document)
     except FileNotFoundError:
         return Certificate("missing")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -15,7 +15,7 @@ from report_checkpoint import HOSTILE, LAYER, Made, certificate, checkpoint, eva
 
 from elude_runtime.checkpoint.exemplars import EXEMPLARS_TABLE, read_exemplars
 from elude_runtime.errors import CheckpointError, StorageError
-from elude_runtime.offline.report.data import CHUNK
+from elude_runtime.offline.report.data import CHUNK, without_common_folder
 from elude_runtime.offline.report.pages import feature_address
 from elude_runtime.offline.report.report import write_report
 
@@ -158,6 +158,32 @@ def test_an_evaluation_from_elsewhere(source: Path, tmp_path: Path) -> None:
     assert "concepts are clearer" in page.read_text("utf-8")
 
 
+def test_images_are_named_from_the_folder_that_tells_them_apart() -> None:
+    names = ["/home/somebody/set/cats/1.jpg", "/home/somebody/set/dogs/1.jpg", "/home/somebody/set/2.jpg"]
+    assert without_common_folder(names) == ["cats/1.jpg", "dogs/1.jpg", "2.jpg"]
+    assert without_common_folder(["a/b.jpg"]) == ["b.jpg"] and without_common_folder([]) == []
+    assert without_common_folder(["b.jpg", "a/b.jpg"]) == ["b.jpg", "a/b.jpg"]
+
+
 def test_a_feature_s_address() -> None:
     assert feature_address("blocks.1.mlp.fc2/12/p3") == "feature.html#blocks.1.mlp.fc2/12/p3"
     assert feature_address("é x/P1") == "feature.html#%C3%A9%20x/P1"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: [],
+        lambda d: {**d, "layers": 3},
+        lambda d: {**d, "layers": [{**d["layers"][0], "sets": [{"name": "concepts"}]}]},
+        lambda d: {**d, "layers": [{**d["layers"][0], "encoders": {"other": {"img9": {}}}}]},
+    ],
+    ids=["list", "number", "half a set", "another encoder"],
+)
+def test_a_damaged_evaluation_is_a_state(tmp_path: Path, damage: Any) -> None:
+    made = checkpoint(tmp_path / "ckpt", catalogue=False)
+    evaluation(made)
+    document = json.loads((made / "evaluation.json").read_text())
+    (made / "evaluation.json").write_text(json.dumps(damage(document)))
+    page = write_report(made, tmp_path / "report").page.read_text("utf-8")
+    assert "evaluation.json is damaged" in page

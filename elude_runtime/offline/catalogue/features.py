@@ -33,8 +33,8 @@ def _of_type(state: SplitState, table: pa.Table, token_type: int) -> TypeFeature
         else:
             number = name.rpartition("/")[2][1:]
             features.append(Feature(state.name, token_type, None if number == "rest" else int(number)))
-    levels = np.array(own["drift_edges"].to_pylist(), dtype=np.float32).reshape(len(rows), len(DRIFT_EDGES))[:, _DECILES]
+    deciles = np.array(own["drift_edges"].to_pylist(), dtype=np.float32).reshape(len(rows), len(DRIFT_EDGES))
     return TypeFeatures(
-        token_type, features, torch.from_numpy(rows), torch.from_numpy(std[rows]), torch.from_numpy(levels),
-        int(ours.sum()) - len(rows),
+        token_type, features, torch.from_numpy(rows), torch.from_numpy(std[rows]),
+        torch.from_numpy(deciles[:, _DECILES]), int(ours.sum()) - len(rows),
     )  # fmt: skip

@@ -118,8 +118,7 @@ class ReportData:
             names = [f"y{k}{s}" for k in range(start, min(start + CHUNK, entry.neurons)) for s in suffixes]
             found = {name: e for name in names if (e := self._exemplars(f"{entry.name}/{name}"))}
             any_neuron = any_neuron or bool(found)
-            if found:
-                self._write(f"y-{place}-{start // CHUNK}", found)
+            self._write(f"y-{place}-{start // CHUNK}", found)
         names = [f"x{j}{s}" for j in range(entry.inputs) for s in suffixes]
         inputs = {name: card for name in names if (card := _card(self._exemplars(f"{entry.name}/{name}"), 1))}
         self._write(f"x-{place}", inputs)
@@ -181,11 +180,11 @@ class ReportData:
     def _thumbnails(self) -> dict[str, Any]:
         """Copies the thumbnails of the images that are shown; names, aspects and predictions in columns."""
         (self.folder / THUMBNAILS).mkdir()
-        found: dict[str, list[Any]] = {"name": [], "thumb": [], "aspect": [], "predicted": []}
+        names = without_common_folder([self._image(image).name for image in self._images.place])
+        found: dict[str, list[Any]] = {"name": names, "thumb": [], "aspect": [], "predicted": []}
         for image, place in self._images.place.items():
             known = self._image(image)
             x0, y0, x1, y1 = known.window
-            found["name"].append(known.name)
             found["aspect"].append(_short((x1 - x0) / (y1 - y0)) if x1 > x0 and y1 > y0 else 1)
             found["predicted"].append([[c, _short(p)] for c, p in known.predicted])
             found["thumb"].append(self._copied(known.thumbnail, place))
@@ -195,7 +194,7 @@ class ReportData:
         """Its file in the report; None where the catalogue has none, or none any more."""
         if thumbnail is None:
             return None
-        name = f"{THUMBNAILS}/{place:06d}{thumbnail.suffix}"
+        name = f"{THUMBNAILS}/{place:06d}.webp"
         try:
             shutil.copyfile(thumbnail, self.folder / name)
         except FileNotFoundError:
@@ -204,6 +203,15 @@ class ReportData:
 
     def _write(self, name: str, value: Any) -> None:
         write_data(self.folder, name, value)
+
+
+def without_common_folder(names: Sequence[str]) -> list[str]:
+    """File names without the folders that all of them lie in: a report does not tell where its images lay."""
+    folders = [name.split("/")[:-1] for name in names]
+    depth = 0
+    while folders and all(len(f) > depth and f[depth] == folders[0][depth] for f in folders):
+        depth += 1
+    return ["/".join(name.split("/")[depth:]) for name in names]
 
 
 def write_data(folder: Path, name: str, value: Any) -> None:

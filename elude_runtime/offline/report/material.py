@@ -1,34 +1,22 @@
-"""What a report is made of: a checkpoint's manifest, feature table, exemplars, certificate and evaluation, as found."""
+"""What a report is made of: a checkpoint's manifest, table, exemplars, certificate and evaluation, as found."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from elude_runtime.checkpoint.certificate import Certificate, read_certificate
 from elude_runtime.checkpoint.manifest import Manifest, read_manifest
 from elude_runtime.errors import CheckpointError
+from elude_runtime.offline.evaluation.files import FILE
 from elude_runtime.offline.feature_table import read_table
+from elude_runtime.offline.report.evaluated import EvaluationFound, read_evaluation
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from elude_runtime.checkpoint.exemplars import Exemplars
-
-_EVALUATION, _PLOTS = "evaluation.json", "evaluation"
-_LISTS = ("sets", "comparisons")
-
-
-@dataclass(frozen=True)
-class EvaluationFound:
-    """document: `evaluation.json`, None where there is none of this checkpoint; problem: why not, a sentence, where
-    there is a file; plots: those of the figures that both lie there and belong to a layer of the document."""
-
-    document: dict[str, Any] | None = None
-    problem: str = ""
-    plots: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +45,12 @@ def read_material(checkpoint: Path, evaluation: Path | None = None) -> Material:
     """
     manifest = read_manifest(checkpoint)
     exemplars, why = _exemplars(checkpoint)
-    if evaluation is not None and not (evaluation / _EVALUATION).is_file():
-        raise CheckpointError(
-            f"{evaluation} holds no {_EVALUATION}; give the folder that `elude evaluate` wrote it to."
-        )
+    if evaluation is not None and not (evaluation / FILE).is_file():
+        raise CheckpointError(f"{evaluation} holds no {FILE}; give the folder that `elude evaluate` wrote it to.")
     return Material(
         checkpoint, manifest, read_table(checkpoint), exemplars, why,
         read_certificate(checkpoint, manifest.checkpoint_sha256),
-        _evaluation(evaluation or checkpoint, manifest.checkpoint_sha256),
+        read_evaluation(evaluation or checkpoint, manifest.checkpoint_sha256),
     )  # fmt: skip
 
 
@@ -75,17 +61,3 @@ def _exemplars(checkpoint: Path) -> tuple[Exemplars | None, str]:
         return read_exemplars(checkpoint), ""
     except CheckpointError as error:
         return None, str(error).replace(str(checkpoint), checkpoint.absolute().name)
-
-
-def _evaluation(folder: Path, checkpoint_sha256: str) -> EvaluationFound:
-    try:
-        document = json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))
-        if document["checkpoint"]["checkpoint_sha256"] != checkpoint_sha256:
-            return EvaluationFound(None, f"{_EVALUATION} belongs to another checkpoint.")
-        if not all(isinstance(layer[name], list) for layer in document["layers"] for name in _LISTS):
-            raise TypeError
-    except FileNotFoundError:
-        return EvaluationFound()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return EvaluationFound(None, f"{_EVALUATION} is damaged; evaluate again.")
-    return EvaluationFound(document, "", sorted((folder / _PLOTS).glob("*.svg")))

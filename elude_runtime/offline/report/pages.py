@@ -24,8 +24,8 @@ class Shell:
     """What stands around every page, here and in the explorer.
 
     connect: where scripts may send requests (a source of a content security policy); explorer: whether pages link to
-    `explore.html`; pages: file and text of the links
-    at the top; styles and scripts: files in `assets/` that every page has; note: at the foot.
+    `explore.html`; pages: file and text of the links at the top; styles and scripts: files in `assets/` that every page
+    has; note: at the foot.
     """
 
     model: str
@@ -78,7 +78,7 @@ def percent(value: float | None) -> str:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "\u2212")
+    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\u2212")
 
 
 def count(value: int) -> str:
@@ -88,6 +88,7 @@ def count(value: int) -> str:
 def day(text: str) -> str:
     """An ISO time as a person writes it; anything else as it stands."""
     try:
-        return f"{datetime.fromisoformat(text):%-d %B %Y, %H:%M} UTC"
+        time = datetime.fromisoformat(text)
+        return f"{time.day} {time:%B %Y, %H:%M} UTC"
     except ValueError:
         return text

@@ -27,15 +27,15 @@
    */
   function bars(rows, { signed = false, largest } = {}) {
     const full = largest ?? Math.max(0, ...rows.map((row) => Math.abs(row.value)));
-    return el(
-      "div",
-      { class: "bars", role: "list" },
-      rows.map((row) => [
-        el("span", { class: "name", role: "listitem" }, row.name),
-        bar(row.value, full, signed),
-        el("span", { class: "value" }, row.text ?? (signed ? format.signed(row.value) : format.number(row.value))),
-      ]),
-    );
+    const row = ({ name, value, text }) =>
+      el(
+        "div",
+        { class: "bars-row", role: "listitem" },
+        el("span", { class: "name" }, name),
+        bar(value, full, signed),
+        el("span", { class: "value" }, text ?? (signed ? format.signed(value) : format.number(value))),
+      );
+    return el("div", { class: "bars", role: "list" }, rows.map(row));
   }
 
   /**

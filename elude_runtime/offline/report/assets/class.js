@@ -51,18 +51,24 @@
     }
   }
 
+  /**
+   * [[row, effect, end], …] of the features that name a class: the effect of going towards their stronger end, `end`.
+   * A feature that lowers the class at its positive end raises it at its negative one.
+   */
+  function effects(features, data, index) {
+    const all = [...pairs(data.raises[index]), ...pairs(data.lowers[index])];
+    const found = all.map(([row, effect]) => [row, effect * features.lead(row), features.lead(row)]);
+    return found.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
+  }
+
   /** Features with their effects, concepts and sub-units apart. */
   function carriers(features, found, largest) {
-    const make = ([row, effect]) =>
-      parts.line(features, row, { value: format.signed(effect), extra: Elude.charts.bar(effect, largest, true) });
+    const make = ([row, effect, end]) =>
+      parts.line(features, row, { end, value: format.signed(effect), extra: Elude.charts.bar(effect, largest, true) });
     return [true, false].map((concepts) => {
       const some = found.filter(([row]) => features.isConcept(row) === concepts);
-      return (
-        some.length > 0 && [
-          el("h3", { class: "kind" }, concepts ? "Concepts" : "Sub-units"),
-          list(some, make, "lines", 8),
-        ]
-      );
+      if (!some.length) return null;
+      return [el("h3", { class: "kind" }, concepts ? "Concepts" : "Sub-units"), list(some, make, "lines", 8)];
     });
   }
 
@@ -93,19 +99,32 @@
   }
 
   function content(features, data, index) {
-    const [raises, lowers] = [pairs(data.raises[index]), pairs(data.lowers[index])];
-    const largest = Math.max(0, ...[...raises, ...lowers].map(([, effect]) => Math.abs(effect)));
-    const none = (what) => state(`No feature ${what} this class among the five that it ${what} most.`);
+    const found = effects(features, data, index);
+    const largest = Math.max(0, ...found.map(([, effect]) => Math.abs(effect)));
     const predicted = data.images[index] || [];
+    const carried = (title, note, some) =>
+      section(
+        title,
+        note,
+        some.length
+          ? carriers(features, some, largest)
+          : state("No feature has this class among the five that it moves most."),
+      );
     return [
       el("p", { class: "path" }, `Class ${index}`),
       el("h1", { dir: "auto" }, features.className(index)),
       ...(data.known
         ? [
-            section("Raised by", "At their positive ends, which the pictures show: mean change of the logit, against the mean of all, by one standard deviation. Each feature counts for the five classes that it raises most.",
-              raises.length ? carriers(features, raises, largest) : none("raises")), // prettier-ignore
-            section("Lowered by", "At their positive ends too, among the five that each lowers most; at its negative end each of these raises the class.",
-              lowers.length ? carriers(features, lowers, largest) : none("lowers")), // prettier-ignore
+            carried(
+              "Raised by",
+              "Each with its stronger end: mean change of the logit, against the mean of all, when the feature goes one standard deviation towards it. Only classes among the five that a feature raises or lowers most are known.",
+              found.filter(([, effect]) => effect > 0),
+            ),
+            carried(
+              "Lowered by",
+              "Towards its stronger end each of these lowers the class.",
+              found.filter(([, effect]) => effect < 0),
+            ),
           ]
         : [noCatalogue()]),
       section(

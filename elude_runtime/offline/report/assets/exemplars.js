@@ -117,6 +117,7 @@
       document.body.append(dialog);
       show(at);
       dialog.showModal();
+      dialog.scrollTop = 0; // the focus is on the button at its foot
     }
 
     enlarged(e, at, count, show, close) {
@@ -130,18 +131,13 @@
         el("h3", { dir: "auto" }, image.name),
         el("p", { class: "soft" }, `Activation ${format.signed(e.activation)} at the ${where(this.layer, e.token)}.`),
         image.predicted.length > 0 &&
-          el(
-            "div",
-            { class: "bars" },
-            image.predicted.map(([index, probability]) => [
-              el(
-                "a",
-                { class: "name", href: "class.html" + hash(String(index)), dir: "auto" },
-                this.features.className(index),
-              ),
-              Elude.charts.bar(probability, 1),
-              el("span", { class: "value" }, format.percent(probability)),
-            ]),
+          Elude.charts.bars(
+            image.predicted.map(([index, probability]) => ({
+              name: el("a", { href: "class.html" + hash(String(index)), dir: "auto" }, this.features.className(index)),
+              value: probability,
+              text: format.percent(probability),
+            })),
+            { largest: 1 },
           ),
         el(
           "div",

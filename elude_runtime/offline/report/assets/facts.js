@@ -137,7 +137,7 @@
           .filter(Boolean)
           .map(([name, value, meaning]) => [el("dt", { title: meaning }, name), el("dd", null, value)]),
       ),
-      el("h4", null, "Activation, 1 % to 99 % of tokens"),
+      el("h3", null, "Activation, 1 % to 99 % of tokens"),
       spread(whole),
     );
   }

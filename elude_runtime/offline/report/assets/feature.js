@@ -5,7 +5,7 @@
   const parts = Elude.features;
   const NEURON = /^(.+)\/y(\d+)(c?)$/;
   const MIXED =
-    "A neuron answers to several things at once. Its sub-units add up to it again, and each joins the concept it acts with.";
+    "A neuron answers to several things at once. Its sub-units add up to it again, and each joins the concept it acts with. A mark on a picture of the neuron names the sub-unit that has the same image among its strongest.";
 
   /** The exemplars of both ends side by side, and the rows of others below. */
   function ends(shown) {

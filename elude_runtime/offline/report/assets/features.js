@@ -189,12 +189,10 @@
     );
   }
 
-  function mark() {
-    return el(
-      "abbr",
-      { class: "auto", title: "Labelled automatically, from what the model says about its exemplars" },
-      "auto",
-    );
+  /** What a card is called: pictures have texts of their own. */
+  function spoken(features, row) {
+    const share = features.isLive(row) ? `, ${format.percent(features.data.share[row])} of the variance` : ", dead";
+    return `${features.kind(row)} ${features.short(row)}: ${features.label(row) || "no label"}${share}`;
   }
 
   /** A feature as a card: both ends, label, name, share. */
@@ -206,7 +204,7 @@
     ));
     return el(
       "a",
-      { class: dead ? "card feature dead" : "card feature", href: features.href(row), "data-row": row },
+      { class: "card feature", href: features.href(row), "aria-label": spoken(features, row) },
       el("span", { class: "ends" }, strip(features, row, 1), strip(features, row, -1)),
       el(
         "span",

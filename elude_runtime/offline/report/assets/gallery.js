@@ -34,21 +34,24 @@
     if (view.layer) tests.push((row) => features.layer(row).name === view.layer);
     if (view.tokens) tests.push((row) => features.tokens(row) === view.tokens);
     if (view.alive) tests.push((row) => features.isLive(row) === (view.alive === "live"));
-    if (view.labelled) tests.push((row) => (features.label(row) !== "") === (view.labelled === "yes"));
+    if (view.labelled === "no") tests.push((row) => features.label(row) === "");
+    else if (view.labelled) tests.push((row) => features.label(row) !== "");
+    if (view.labelled === "automatic") tests.push((row) => features.isAutomatic(row));
+    if (view.labelled === "user") tests.push((row) => !features.isAutomatic(row));
     const rows = [];
     for (let row = 0; row < features.count; row++) if (tests.every((test) => test(row))) rows.push(row);
     return rows;
   }
 
-  const text = new Intl.Collator("en", { numeric: true });
+  const alphabet = new Intl.Collator("en", { numeric: true });
 
   /** The place of every row in one order: numbers from the largest on, texts from A on, what is missing last. */
   function places(features, by) {
     const rows = Array.from({ length: features.count }, (_, row) => row);
-    if (by === "name") rows.sort((a, b) => text.compare(features.names[a], features.names[b]));
+    if (by === "name") rows.sort((a, b) => alphabet.compare(features.names[a], features.names[b]));
     else if (by === "label") {
       const key = (row) => features.label(row) || "\uffff";
-      rows.sort((a, b) => text.compare(key(a), key(b)));
+      rows.sort((a, b) => alphabet.compare(key(a), key(b)));
     } else {
       const column = features.data[by] || [];
       rows.sort((a, b) => (column[b] ?? -Infinity) - (column[a] ?? -Infinity));
@@ -74,7 +77,7 @@
       this.form.addEventListener("submit", (event) => event.preventDefault());
       this.cards.addEventListener("keydown", (event) => this.walk(event));
       window.addEventListener("hashchange", () => {
-        if (address(this.view) !== address(read())) this.take(read());
+        if (address(read()) !== this.kept) this.take(read()); // what we wrote there may be older than what is typed
       });
     }
 
@@ -87,7 +90,7 @@
       tokens.closest("label").hidden = !layers.some((one) => one.prefix > 0);
       sort.append(el("option", { value: "" }, "best match, else share"));
       for (const [value, text] of SORTS) {
-        const known = !["stability"].includes(value) || (data.stability && data.stability.some((v) => v !== null));
+        const known = value !== "stability" || data.stability?.some((v) => v !== null);
         if (known) sort.append(el("option", { value }, text));
       }
     }
@@ -124,8 +127,10 @@
       return [...rows].sort((a, b) => at[a] - at[b]);
     }
 
+    /** Keep the view in the address. */
     keep() {
-      if (address(read()) !== address(this.view)) location.replace(address(this.view));
+      this.kept = address(this.view);
+      if (address(read()) !== this.kept) location.replace(this.kept);
     }
 
     draw() {

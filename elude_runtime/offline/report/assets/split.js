@@ -4,7 +4,7 @@
  */
 (function () {
   "use strict";
-  const { el, format, hash, svg, features: parts } = Elude;
+  const { el, format, hash, pictures, svg, features: parts } = Elude;
 
   /** Sub-units that ever vary, those of one concept beside each other, the strongest concept first. */
   function ordered(features, rows) {
@@ -33,8 +33,21 @@
     );
   }
 
+  /** Of the neuron's exemplars, by end and image, the sub-unit that has the same one and the most part in it. */
+  async function toldApart(features, found) {
+    const told = new Map();
+    for (const { row } of found) {
+      for (const e of (await features.whole(row)).exemplars.filter((one) => one.role === "top")) {
+        const key = `${e.end} ${e.image}`;
+        if (Math.abs(e.activation) > Math.abs(told.get(key)?.activation ?? 0))
+          told.set(key, { row, activation: e.activation });
+      }
+    }
+    return told;
+  }
+
   /** The neuron's own exemplars, both ends. */
-  function neuronBox(features, layer, tokens, neuron, exemplars) {
+  function neuronBox(features, { layer, tokens, neuron }, exemplars, told) {
     const name = `${features.layers[layer].name}/y${neuron}${tokens === "cls" ? "c" : ""}`;
     const box = el(
       "a",
@@ -51,19 +64,34 @@
       return box;
     }
     for (const end of [1, -1]) {
-      const top = exemplars.filter((e) => e.end === end && e.role === "top").slice(0, 9);
+      const top = exemplars.filter((e) => e.end === end && e.role === "top");
+      const names = top.map((e) => features.images[e.image].name).join(", ");
+      const pictured = top.map((e) => {
+        const part = told.get(`${e.end} ${e.image}`);
+        const shown = pictures.picture(features.images[e.image], { layer: features.layers[layer], token: e.token });
+        if (part)
+          shown.append(el("span", { class: "mark", "data-of": part.row }, features.short(part.row).split("/").pop()));
+        return shown;
+      });
+      const side = end > 0 ? "positive" : "negative";
       box.append(
-        el(
-          "span",
-          { class: end > 0 ? "mosaic positive-end" : "mosaic negative-end", role: "img",
-            "aria-label": `${end > 0 ? "Positive" : "Negative"} end: ${top.map((e) => features.images[e.image].name).join(", ")}` }, // prettier-ignore
-          top.map((e) =>
-            Elude.pictures.picture(features.images[e.image], { layer: features.layers[layer], token: e.token }),
-          ),
-        ),
+        el("span", { class: `mosaic ${side}-end`, role: "img", "aria-label": `${side} end: ${names}` }, pictured),
       );
     }
     return box;
+  }
+
+  /** While a sub-unit is pointed at or has the focus, its marks on the neuron's pictures stand out. */
+  function pointOut(root) {
+    const show = (row) => {
+      for (const mark of root.querySelectorAll(".mark")) {
+        mark.parentElement.classList.toggle("pointed", mark.dataset.of === row);
+      }
+    };
+    for (const kind of ["pointerover", "focusin"]) {
+      root.addEventListener(kind, (event) => show(event.target.closest("[data-subunit]")?.dataset.subunit));
+    }
+    for (const kind of ["pointerleave", "focusout"]) root.addEventListener(kind, () => show());
   }
 
   function subunitBox(features, { row, concept, part }, current) {
@@ -157,6 +185,7 @@
     const found = ordered(features, rows);
     if (!found.length) return Elude.state(`Neuron ${neuron} never varied.`, "It falls into nothing that can be shown.");
     const exemplars = await features.ofNeuronItself(layer, tokens, neuron);
+    const told = exemplars.length ? await toldApart(features, found) : new Map();
     const concepts = [...new Set(found.map((one) => one.concept))];
     const root = el(
       "div",
@@ -166,7 +195,7 @@
         "aria-label": `Neuron ${neuron}, its ${found.length} sub-units and the concepts they join`,
       },
       heading("1", "One neuron", "answers to a mixture"),
-      el("div", { class: "split-column" }, neuronBox(features, layer, tokens, neuron, exemplars)),
+      el("div", { class: "split-column" }, neuronBox(features, { layer, tokens, neuron }, exemplars, told)),
       heading("2", found.length === 1 ? "One sub-unit" : `${found.length} sub-units`, "add up to the neuron"),
       el(
         "div",
@@ -181,6 +210,7 @@
       ),
     );
     connect(root);
+    pointOut(root);
     return root;
   }
 
