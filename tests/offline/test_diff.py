@@ -19,10 +19,11 @@ from torch import Tensor
 
 import elude_runtime as elude
 from elude_runtime.analysis.features import parse_feature
+from elude_runtime.checkpoint.labels import write_labels
 from elude_runtime.errors import CheckpointError, EludeError, LayerError, SettingsError
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.offline import diff as module
-from elude_runtime.offline.correspondence import Agreement, Correspondence, Diff, write_labels, write_mapping
+from elude_runtime.offline.correspondence import Agreement, Correspondence, Diff, write_mapping
 from elude_runtime.offline.diff import diff
 from elude_runtime.offline.images import ImageSource
 

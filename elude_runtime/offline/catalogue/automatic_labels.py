@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from elude_runtime.offline.catalogue.answers import Answers
@@ -54,9 +53,14 @@ def shown_classes(places: Tensor, answers: Answers, classes: Sequence[str]) -> T
     return shown
 
 
-def label_text(positive: Sequence[int], negative: Sequence[int], names: Sequence[str]) -> str:
-    """`zebra, sorrel ↔ minivan`: what shows at the positive end, and at the negative one; empty where nothing does."""
-    ends = [[_short(names[c]) for c in end if c >= 0] for end in (positive, negative)]
+def label_texts(positive: Tensor, negative: Tensor, classes: Sequence[str]) -> list[str]:
+    """The labels of F features from what `shown_classes` says of both ends, [F, 3] each: `zebra, sorrel ↔ minivan`, or
+    nothing."""
+    return [_label(p, n, classes) for p, n in zip(positive.tolist(), negative.tolist(), strict=True)]
+
+
+def _label(positive: Sequence[int], negative: Sequence[int], classes: Sequence[str]) -> str:
+    ends = [[_short(classes[number]) for number in end if number >= 0] for end in (positive, negative)]
     while len(text := _joined(ends)) > LONGEST and max(map(len, ends)) > 1:
         max(ends, key=len).pop()
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
@@ -68,12 +72,5 @@ def _joined(ends: list[list[str]]) -> str:
 
 
 def _short(name: str) -> str:
-    """The first of a class's names."""
-    return " ".join(name.split(",")[0].split())
-
-
-def label_texts(shown: dict[str, NDArray[np.int64]], names: Sequence[str]) -> list[str]:
-    """The labels of F features; shown: of both ends [F, 3]."""
-    return [
-        label_text(p, n, names) for p, n in zip(shown["positive"].tolist(), shown["negative"].tolist(), strict=True)
-    ]
+    """The first of a class's names, in characters that are text."""
+    return "".join(c for c in " ".join(name.split(",")[0].split()) if c.isprintable())

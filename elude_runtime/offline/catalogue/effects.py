@@ -16,15 +16,13 @@ from elude_runtime.analysis.model import EludeModel
 from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.network.tail import Recording
 from elude_runtime.offline.catalogue.layer_pass import LayerPass, TypeFeatures
-from elude_runtime.offline.collect import State
 from elude_runtime.offline.image_files import spread
 from elude_runtime.offline.images import ImageSource, Progress
 from elude_runtime.offline.resume import Resume
 
 LISTED = 5  # classes of each direction
 _STATE = "effects"
-_TAIL_ROWS = 32
-_CHANGE_FLOATS = 16_000_000  # of the changes of one tail
+_IMAGES = 8  # of one tail
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,61 +82,58 @@ def measure_effects(
     without classes, with `count` 0, and where none of these images can be read."""
     if model.manifest.output != "logits" or not count:
         return {name: [None] * len(one.types) for name, one in layers.items()}
-    sums = {name: [_Sums(directions(one.split, t.own)) for t in one.types] for name, one in layers.items()}
+    sums = {name: [_Sums(one.split, directions(one.split, t.own)) for t in one.types] for name, one in layers.items()}
     every = [one for of_layer in sums.values() for one in of_layer]
-    start = 0
-    if kept := resume.load(_STATE):
-        start = kept["next"]
-        for one, state in zip(every, kept["sums"], strict=True):
-            one.restore(state)
+    passes = [(one, number) for one in every for number in range(len(one.directions.change))]  # of some images
     few = source.at(torch.from_numpy(spread(source.count or 0, count)))
-    few.batch_size = 1  # so that a run goes on at any image
-    rows = sum(len(one.directions.change) for one in every)
-    report("classes", start * rows, (few.count or 0) * rows)
-    for batch in few.numbered(start):
+    few.batch_size = _IMAGES
+    done, images = 0, 0
+    if kept := resume.load(_STATE):
+        done, images = kept["done"], kept["images"]
+        for one, total in zip(every, kept["totals"], strict=True):
+            one.total = total
+    report("classes", done, len(passes) * -(-(few.count or 0) // _IMAGES))
+    begun, skip = divmod(done, max(1, len(passes)))
+    for batch in few.numbered(begun):
         if len(batch.places):
+            images += 0 if skip else len(batch.places)  # those of a pass that was cut short are counted
             recording = model.record(batch.images.to(next(model.base.parameters())), list(layers))
-            for name, of_layer in sums.items():
-                for one in of_layer:
-                    one.add(model, layers[name].split, recording, report)
-        if resume.due():
-            resume.save(_STATE, {"next": batch.number + 1, "sums": [one.state() for one in every]})
-    return {name: [one.classes() for one in of_layer] for name, of_layer in sums.items()}
+            for one, number in passes[skip:]:
+                one.add(model, recording, number)
+                done += 1
+                report("classes", 1, None)
+                if resume.due():
+                    totals = [one.total for one in every]
+                    resume.save(_STATE, {"done": done, "images": images, "totals": totals})
+        done, skip = (batch.number + 1) * len(passes), 0
+    return {name: [one.classes(images) for one in of_layer] for name, of_layer in sums.items()}
 
 
 class _Sums:
-    """What each direction of a token type did to the centred logits, summed over images."""
+    """What each direction of a token type did to the centred logits, summed over images: total [D, K]."""
 
-    def __init__(self, own: Directions) -> None:
-        self.directions = own
+    def __init__(self, state: SplitState, own: Directions) -> None:
+        self.state, self.directions = state, own
         self.total = torch.zeros(len(own.change), 0)
-        self.images = 0
 
     @torch.no_grad()
-    def add(self, model: EludeModel, state: SplitState, recording: Recording, report: Progress) -> None:
-        """One image: a tail row for each direction, and in each pass one of a null edit, to measure against."""
-        change, tokens = self.directions.change, state.layout.slices[self.directions.token_type]
-        shape = (state.layout.total, state.linear.neurons)
-        step = max(2, min(_TAIL_ROWS, _CHANGE_FLOATS // (shape[0] * shape[1]))) - 1
-        y, found = recording.y[state.name], []
-        for part in change.to(y.device).split(step):
-            edits = torch.zeros(len(part) + 1, *shape, device=y.device)
-            edits[1:, tokens] = part[:, None]
-            rows = torch.zeros(len(edits), dtype=torch.int64, device=y.device)
-            with model.lock:
-                given = state.changed(y.expand(len(edits), *y.shape[1:]), edits)
-                out = model.tails.run(recording, state.name, given, rows).float()
-            moved = out[1:] - out[0]
-            found.append((moved - moved.mean(1, keepdim=True)).cpu())
-            report("classes", len(part), None)
-        if found:
-            self.total = torch.cat(found) + (self.total if self.images else 0)
-            self.images += 1
+    def add(self, model: EludeModel, recording: Recording, number: int) -> None:
+        """One direction on all images of a recorded pass. The tail has its shape, so it is the null edit."""
+        state, y = self.state, recording.y[self.state.name]
+        change = torch.zeros(1, state.layout.total, state.linear.neurons, device=y.device)
+        change[:, state.layout.slices[self.directions.token_type]] = self.directions.change[number].to(y.device)
+        rows = torch.arange(len(y), device=y.device)
+        with model.lock:
+            out = model.tails.run(recording, state.name, state.changed(y, change), rows)
+        moved = out.float() - recording.logits.float()
+        if not self.total.shape[1]:
+            self.total = torch.zeros(len(self.total), moved.shape[1])
+        self.total[number] += (moved - moved.mean(1, keepdim=True)).sum(0).cpu()
 
-    def classes(self) -> ClassEffects | None:
-        if not self.images:
+    def classes(self, images: int) -> ClassEffects | None:
+        if not images:
             return None
-        mean = self.total / self.images
+        mean = self.total / images
         few = min(LISTED, mean.shape[1])
         source, factor = self.directions.source, self.directions.factor[:, None]
         raised, lowered = mean.topk(few, dim=1), (-mean).topk(few, dim=1)
@@ -148,9 +143,3 @@ class _Sums:
             lowered.indices[source],
             -lowered.values[source].clamp(min=0) * factor,
         )
-
-    def state(self) -> State:
-        return {"total": self.total, "images": self.images}
-
-    def restore(self, state: State) -> None:
-        self.total, self.images = state["total"], state["images"]

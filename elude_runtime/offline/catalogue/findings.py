@@ -12,7 +12,7 @@ import torch
 from elude_runtime.checkpoint.exemplars import DUPLICATE, INPUT, NEGATIVE, POSITIVE
 from elude_runtime.offline.catalogue.answers import Answers
 from elude_runtime.offline.catalogue.automatic_labels import label_texts, shown_classes
-from elude_runtime.offline.catalogue.effects import ClassEffects
+from elude_runtime.offline.catalogue.effects import LISTED, ClassEffects
 from elude_runtime.offline.catalogue.image_pass import ImagePass
 from elude_runtime.offline.catalogue.layer_pass import TOP, LayerPass, TypePass
 from elude_runtime.offline.catalogue.links import Links, feature_links
@@ -68,26 +68,22 @@ class Findings:
 def _type_findings(
     layer: LayerPass, one: TypePass, answers: Answers, classes: Sequence[str], effects: ClassEffects | None
 ) -> TypeFindings:
-    ends = {
-        end: [shown_classes(best.places[:TOP], answers, classes) for best in own]
-        for end, own in (
-            (POSITIVE, [b.positive for b in one.blocks]), (NEGATIVE, [b.negative for b in one.blocks])
-        )
-    }  # fmt: skip
     names = [f.name for f in one.own.features]
-    groups, start = [], 0
-    for number, block in enumerate(one.blocks):
-        shown = {end: parts[number] for end, parts in ends.items()}
-        own = names[start : start + len(block.readout)]
+    groups, labels = [], list[str]()
+    for block in one.blocks:
+        shown = {
+            POSITIVE: shown_classes(block.positive.places[:TOP], answers, classes),
+            NEGATIVE: shown_classes(block.negative.places[:TOP], answers, classes),
+        }
+        own = names[len(labels) : len(labels) + len(block.readout)]
         groups.append(Group(own, block_roles(block, answers, shown)))
-        start += len(own)
+        labels += label_texts(shown[POSITIVE], shown[NEGATIVE], classes)
     channels, links = layer.split.linear.groups * layer.split.linear.inputs, None
     if one.moments.kept and names:
         concepts = sum(f.neuron is None for f in one.own.features)
         readout = torch.cat([b.readout for b in one.blocks])
         links = feature_links(readout, one.moments.covariance(), channels, concepts)
-    whole = {end: torch.cat(parts).numpy() if parts else np.zeros((0, 1), np.int64) for end, parts in ends.items()}
-    return TypeFindings(groups, one.own.rows, label_texts(whole, classes), links, effects, names, channels)
+    return TypeFindings(groups, one.own.rows, labels, links, effects, names, channels)
 
 
 def _input_group(layer: LayerPass) -> Group:
@@ -98,36 +94,23 @@ def _input_group(layer: LayerPass) -> Group:
 
 def described(table: pa.Table, findings: Sequence[TypeFindings]) -> pa.Table:
     """The feature table with what was found; what an earlier catalogue said goes."""
-    labels = np.full(len(table), None, dtype=object)
-    of_class = {name: _ClassColumn(len(table)) for name in ("raises", "lowers")}
+    labels, known = np.full(len(table), None, dtype=object), np.zeros(len(table), bool)
+    classes, effects = np.zeros((2, len(table), LISTED), np.int64), np.zeros((2, len(table), LISTED), np.float32)
     for one in findings:
         rows = one.rows.numpy()
         labels[rows] = [text or None for text in one.labels]
         if one.effects is not None:
-            of_class["raises"].put(rows, one.effects.raised, one.effects.raises)
-            of_class["lowers"].put(rows, one.effects.lowered, one.effects.lowers)
-    columns = {name: column.array() for name, column in of_class.items()}
-    stability = pa.nulls(len(table), pa.float32())  # takes rewrites of its own to measure
-    return with_columns(table, {"automatic_label": pa.array(labels, pa.string()), "stability": stability, **columns})
-
-
-class _ClassColumn:
-    """A column of classes and effects, null for the rows that nothing was put into."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows, self.parts = rows, list[tuple[np.ndarray, torch.Tensor, torch.Tensor]]()
-
-    def put(self, rows: np.ndarray, classes: torch.Tensor, effects: torch.Tensor) -> None:
-        self.parts.append((rows, classes, effects))
-
-    def array(self) -> pa.Array:
-        width = max((part[1].shape[1] for part in self.parts), default=0)
-        classes, effects = np.zeros((self.rows, width), np.int64), np.zeros((self.rows, width), np.float32)
-        there = np.zeros(self.rows, bool)
-        for rows, of_class, effect in self.parts:
-            classes[rows, : of_class.shape[1]], effects[rows, : effect.shape[1]] = of_class.numpy(), effect.numpy()
-            there[rows] = True
-        return class_effects(classes, effects, there)
+            known[rows] = True
+            few = slice(0, one.effects.raised.shape[1])
+            classes[:, rows, few] = torch.stack([one.effects.raised, one.effects.lowered]).numpy()
+            effects[:, rows, few] = torch.stack([one.effects.raises, one.effects.lowers]).numpy()
+    columns = {
+        "automatic_label": pa.array(labels, pa.string()),
+        "stability": pa.nulls(len(table), pa.float32()),  # takes rewrites of its own to measure
+        "raises": class_effects(classes[0], effects[0], known),
+        "lowers": class_effects(classes[1], effects[1], known),
+    }
+    return with_columns(table, columns)
 
 
 def link_tables(findings: Sequence[TypeFindings]) -> Iterator[pa.Table]:

@@ -103,7 +103,8 @@ class TypePass:
             Block(*readouts(state, own.features[part]), own.levels[part], tokens, heat)
             for part in _parts(state, len(own.features), tokens)
         ]
-        self.moments = Moments(state.linear.groups * state.linear.inputs * state.linear.positions)
+        columns = state.linear.groups * state.linear.inputs * state.linear.positions
+        self.moments = Moments(columns, state.partition.mean.device)
 
     def add(self, places: Tensor, reads: Tensor, draws: Draws) -> None:
         for block in self.blocks:

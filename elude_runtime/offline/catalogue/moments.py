@@ -13,8 +13,8 @@ WIDEST = 6144  # columns, of which the covariance takes 300 MB
 class Moments:
     """Streamed over tokens, in float64; of more than `WIDEST` columns nothing is kept."""
 
-    def __init__(self, columns: int) -> None:
-        self.columns = columns
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.columns, self.device = columns, device
         self.count = 0
         self.shift: Tensor | None = None  # near the mean, so that little cancels
         self.sum = self.outer = torch.zeros(0, dtype=torch.float64)
@@ -30,8 +30,8 @@ class Moments:
         rows = reads.flatten(0, 1)
         if self.shift is None:
             self.shift = rows.mean(0)
-            self.sum = torch.zeros(self.columns, dtype=torch.float64, device=rows.device)
-            self.outer = torch.zeros(self.columns, self.columns, dtype=torch.float64, device=rows.device)
+            self.sum = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
+            self.outer = torch.zeros(self.columns, self.columns, dtype=torch.float64, device=self.device)
         rows = rows - self.shift
         self.sum += rows.sum(0, dtype=torch.float64)
         self.outer += rows.T @ rows
@@ -46,6 +46,7 @@ class Moments:
         shift = None if self.shift is None else self.shift.cpu()
         return {"count": self.count, "shift": shift, "sum": self.sum.cpu(), "outer": self.outer.cpu()}
 
-    def restore(self, state: State, device: torch.device | None = None) -> None:
-        self.count, self.sum, self.outer = state["count"], state["sum"].to(device), state["outer"].to(device)
-        self.shift = None if state["shift"] is None else state["shift"].to(device)
+    def restore(self, state: State) -> None:
+        self.count = state["count"]
+        self.sum, self.outer = state["sum"].to(self.device), state["outer"].to(self.device)
+        self.shift = None if state["shift"] is None else state["shift"].to(self.device)

@@ -94,7 +94,8 @@ def make_catalogue(
     model = load(checkpoint, device, trust_factory=trust_factory)
     table = read_table(checkpoint)
     labels = stored_labels(checkpoint, set(table["feature"].to_pylist()))
-    states = {name: model.state(name) for name in (layers or model.layers)}
+    wanted = {model.state(name).name for name in (layers or model.layers)}
+    states = {name: state for name, state in model.states.items() if name in wanted}
     source = ImageSource(
         images, model.data_config, batch_size=batch_size, workers=workers, limit=limit, progress=report
     )
@@ -127,10 +128,10 @@ def make_catalogue(
         pictures = take_pictures(source, shown.places, shown.hashes, options.thumbnail_budget, resume, report)
         found = labelled(described(table, findings.types), labels)
         with new_directory(checkpoint / EXEMPLARS, force=True, within=resume.folder, known_by=None) as work:
-            facts = _facts(model, passed, pictures, {"limit": limit, **asdict(options)})
+            facts = _facts(model, passed, pictures, {"max_images": limit, **asdict(options)})
             write_catalogue(work, findings, shown, pictures, facts)
             size = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
-            replace_table(checkpoint, found)
+        replace_table(checkpoint, found)
     sources = found["label_source"].to_pylist()
     return CatalogueResult(
         path=checkpoint / EXEMPLARS,
