@@ -21,6 +21,39 @@ OURS = ("file:", "data:", "blob:", "http://127.0.0.1:")
 WIDE, NARROW = (1360, 900), (360, 740)
 
 
+# JavaScript that lists the texts with less contrast than WCAG AA asks for, and buttons and links without a name.
+FAINT = """() => {
+  const channel = (v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const read = (colour, under) => {  // any CSS colour, over an opaque one
+    canvas.fillStyle = `rgb(${under})`; canvas.fillRect(0, 0, 1, 1);
+    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+  };
+  const behind = (node) => {
+    const chain = [];
+    for (let at = node; at; at = at.parentElement) chain.push(getComputedStyle(at).backgroundColor);
+    return chain.reverse().reduce((under, colour) => read(colour, under), [255, 255, 255]);
+  };
+  const faint = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.textContent.trim() || !node.checkVisibility()) continue;
+    if (node.closest('svg, script, noscript, :disabled')) continue;
+    const under = behind(node);
+    const [a, b] = [light(under), light(read(getComputedStyle(node).color, under))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) faint.push(`${walker.currentNode.textContent.trim().slice(0, 40)}: ${ratio.toFixed(2)}`);
+  }
+  return [...new Set(faint)];
+}"""
+UNNAMED = """(nodes) => nodes
+  .filter((n) => ![n.textContent, n.getAttribute('aria-label'), n.querySelector('img')?.alt].some((t) => t && t.trim()))
+  .map((n) => n.outerHTML.slice(0, 200))"""
+
+
 @dataclass
 class Visits:
     """Opens pages and keeps what they complained of. problems: of all pages; expected: texts of complaints that a test

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from browser_visits import NARROW, WIDE, Visits
+from browser_visits import FAINT, NARROW, UNNAMED, WIDE, Visits
 from PIL import Image
 from report_checkpoint import HOSTILE
 from support import VIT_ARGS, VIT_DATA, input_tensor, tiny_vit
@@ -565,7 +565,7 @@ class TestStates:
 
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_pictures(visits: Visits, opened: Opened, live: Live, size: tuple[int, int]) -> None:
-    """Kept in `screenshots/` to be looked at; nothing is wider than the screen."""
+    """Kept in `screenshots/` to be looked at; it fits the screen, text stands out, everything has a name."""
     page = visits.open(opened.address, size=size)
     for theme in ("light", "dark"):
         page.emulate_media(color_scheme=theme)
@@ -579,6 +579,8 @@ def test_pictures(visits: Visits, opened: Opened, live: Live, size: tuple[int, i
         page.emulate_media(color_scheme=theme)
         page.wait_for_selector(f"html[data-theme={theme}]", state="attached")
         visits.keep(page, "explore-steered")
+        assert page.evaluate(FAINT) == [], theme
     wider = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wider <= 0
     assert page.locator("img:not([alt])").count() == 0
+    assert page.locator("button, a[href]").evaluate_all(UNNAMED) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from browser_visits import NARROW, WIDE, Visits
+from browser_visits import FAINT, NARROW, UNNAMED, WIDE, Visits
 from report_checkpoint import HOSTILE, LAYER, certificate, evaluation, relabelled
 
 from elude_runtime.checkpoint.catalogue import read_catalogue
@@ -65,46 +65,13 @@ def test_every_page_can_be_read(visits: Visits, full: str, name: str, size: tupl
         page.emulate_media(color_scheme=theme)
         page.wait_for_selector(f"html[data-theme={theme}]", state="attached")
         visits.keep(page, name)
-        assert page.evaluate(_FAINT) == [], theme  # less than 4.5 to 1 against what is behind it (WCAG AA)
+        assert page.evaluate(FAINT) == [], theme  # less than 4.5 to 1 against what is behind it (WCAG AA)
     wider = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wider <= 0
     assert page.locator("h1").count() == 1 and page.title()
     assert page.locator("main, header, footer, nav").count() >= 4
     assert page.locator("img:not([alt])").count() == 0
-    assert page.locator("button, a[href]").evaluate_all(_UNNAMED) == []
-
-
-_FAINT = """() => {
-  const channel = (v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
-  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-  const read = (colour, under) => {  // any CSS colour, over an opaque one
-    canvas.fillStyle = `rgb(${under})`; canvas.fillRect(0, 0, 1, 1);
-    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data.slice(0, 3)];
-  };
-  const behind = (node) => {
-    const chain = [];
-    for (let at = node; at; at = at.parentElement) chain.push(getComputedStyle(at).backgroundColor);
-    return chain.reverse().reduce((under, colour) => read(colour, under), [255, 255, 255]);
-  };
-  const faint = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const node = walker.currentNode.parentElement;
-    if (!walker.currentNode.textContent.trim() || !node.checkVisibility()) continue;
-    if (node.closest('svg, script, noscript, :disabled')) continue;
-    const under = behind(node);
-    const [a, b] = [light(under), light(read(getComputedStyle(node).color, under))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) faint.push(`${walker.currentNode.textContent.trim().slice(0, 40)}: ${ratio.toFixed(2)}`);
-  }
-  return [...new Set(faint)];
-}"""
-
-_UNNAMED = """(nodes) => nodes
-  .filter((n) => ![n.textContent, n.getAttribute('aria-label'), n.querySelector('img')?.alt].some((t) => t && t.trim()))
-  .map((n) => n.outerHTML.slice(0, 200))"""
+    assert page.locator("button, a[href]").evaluate_all(UNNAMED) == []
 
 
 def test_the_certificate(visits: Visits, full: str) -> None:

@@ -276,10 +276,9 @@ class Explorer {
   /** Look at a feature's heat over the whole image. */
   #look(heat, name, prefix) {
     this.stage.lookAt(heat);
-    const said = heat
-      ? [name, pictures.scale(heat.largest)]
-      : [`${name}: ${prefix ? "on the class token" : "no place in the image"}`];
-    $("looking").replaceChildren(...(name ? said : []));
+    const where = prefix ? "on the class token" : "no place in the image";
+    const said = el("span", null, heat ? name : `${name}: ${where}`);
+    $("looking").replaceChildren(...(name ? [said, heat ? pictures.scale(heat.largest) : ""] : []));
   }
 
   // --- what is drawn ---------------------------------------------------------------------------------------------------

@@ -189,14 +189,6 @@
     );
   }
 
-  function mark() {
-    return el(
-      "abbr",
-      { class: "auto", title: "Labelled automatically, from what the model says about its exemplars" },
-      "auto",
-    );
-  }
-
   /** What a card is called: pictures have texts of their own. */
   function spoken(features, row) {
     const share = features.isLive(row) ? `, ${format.percent(features.data.share[row])} of the variance` : ", dead";
