@@ -4,13 +4,13 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format setup need-python need-java clean
+.PHONY: demo test lint format setup need-python need-java want-chromium clean
 
 demo: setup need-java
 	@$(BIN)/elude demo
 
 # Two processes with a thread each: with more, threads of one wait for the other.
-test: setup need-java
+test: setup need-java want-chromium
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
@@ -40,6 +40,13 @@ need-python:
 need-java:
 	@$${JAVA_HOME:+$$JAVA_HOME/bin/}java -version 2>&1 | grep -Eq 'version "(1[7-9]|[2-9][0-9])' || \
 		{ echo "Java 17 is missing (TorchServe runs on it). Debian or Ubuntu: sudo apt-get install openjdk-17-jre-headless"; exit 2; }
+
+# Tests in a browser are skipped without one; root on Debian or Ubuntu, as in a container, gets it here.
+want-chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "Installing chromium for the tests …" && \
+		apt-get update -qq && apt-get install -qqy chromium >/dev/null; } || \
+		echo "No Chromium: tests in a browser are skipped. Debian or Ubuntu: sudo apt-get install chromium"
 
 clean:
 	rm -rf .venv build dist elude-demo .pytest_cache .ruff_cache .mypy_cache

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser_visits import chrome, reports, visits  # noqa: F401
 from hypothesis import settings
 from support import (
     CONV_DATA,

@@ -103,8 +103,9 @@ class Exemplars:
             raise ValueError(f"{IMAGES_TABLE} lacks the image {min(unknown)}")
 
     def of(self, feature: str) -> list[Exemplar]:
-        """The exemplars of a feature, or of an input channel (`LAYER/x17`); none for one that has none, such as a
-        feature that never varied."""
+        """The exemplars of a feature, of a neuron around its calibration mean (`LAYER/y17`, on prefix tokens
+        `LAYER/y17c`), or of an input channel (`LAYER/x17`); none for one that has none, such as a feature that never
+        varied."""
         columns = self._exemplars.columns
         return [
             Exemplar(

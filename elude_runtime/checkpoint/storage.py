@@ -83,20 +83,25 @@ def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 @contextmanager
 def new_directory(
-    out: Path, *, force: bool = False, within: Path | None = None, known_by: str | None = MANIFEST
+    out: Path,
+    *,
+    force: bool = False,
+    within: Path | None = None,
+    known_by: str | None = MANIFEST,
+    what: str = "a checkpoint",
 ) -> Iterator[Path]:
     """A temporary directory beside `out` that takes its name when the block ends well, and is gone otherwise.
 
     within: where it is made instead, a directory on the same disk. known_by: a file that shows that a folder `out` may
-    be replaced, None for one that always may. StorageError for an existing `out` (unless force: it is replaced only at
-    the end) or a disk that refuses.
+    be replaced, None for one that always may; what it then is. StorageError for an existing `out` (unless force: it is
+    replaced only at the end) or a disk that refuses.
     """
     out = out.absolute()
     within = within or out.parent
     try:
         ours = out.is_dir() and (known_by is None or (out / known_by).is_file() or not any(out.iterdir()))
         if force and out.exists() and not ours:
-            raise StorageError(f"{out} is not a checkpoint, so --force does not replace it; choose another --out.")
+            raise StorageError(f"{out} is not {what}, so --force does not replace it; choose another --out.")
         if out.exists() and not force:
             raise StorageError(f"{out} is already there; choose another --out, or --force to replace it.")
         within.mkdir(parents=True, exist_ok=True)

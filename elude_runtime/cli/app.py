@@ -15,11 +15,13 @@ from elude_runtime.cli.demo import demo
 from elude_runtime.cli.diff import diff
 from elude_runtime.cli.evaluate import evaluate
 from elude_runtime.cli.explain import explain
+from elude_runtime.cli.explore import explore
 from elude_runtime.cli.health import health
 from elude_runtime.cli.inspect import inspect
 from elude_runtime.cli.label import label
 from elude_runtime.cli.layers import layers
 from elude_runtime.cli.policy import policy
+from elude_runtime.cli.report import report
 from elude_runtime.cli.rewrite import rewrite
 from elude_runtime.cli.search import search
 from elude_runtime.cli.serve import serve
@@ -36,7 +38,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     demo, layers, rewrite, verify, catalogue, inspect, search, label, explain, steer, vector, activations, diff,
-    evaluate, archive, serve, health,
+    evaluate, report, explore, archive, serve, health,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(command.__name__)(command)

@@ -27,8 +27,8 @@ from elude_runtime.package_files import package_directory, shipped_file
 # table goes as JSON, so that a server needs no pyarrow.
 TENSORS = "model.safetensors"
 _BESIDE = ("factory", "labels.csv", "policies.json", "vectors", "verification.json")
-# Of the package, code travels; the demonstration's weights and other data do not.
-_DATA_SUFFIXES = {".safetensors", ".npz", ".parquet", ".png", ".jpg", ".webp", ".pyc"}
+# Of the package, code travels; pages, the demonstration's weights and other data do not.
+_DATA_SUFFIXES = {".safetensors", ".npz", ".parquet", ".png", ".jpg", ".webp", ".pyc", ".js", ".css", ".jinja"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

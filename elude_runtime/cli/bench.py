@@ -84,6 +84,7 @@ def api(
     captum_pairs: Annotated[int, typer.Option(help="Pairs with Captum's methods, 50 steps; 0 for none.", min=0)] = 5,
     captum_batch: Annotated[int, typer.Option(help="Steps of Captum that share a pass.", min=1)] = 10,
     threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's own choice.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     trust_factory: Annotated[
         bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")
     ] = False,
@@ -109,7 +110,12 @@ def api(
     how = (input_size, mean, std, interpolation, crop_pct, crop_mode)
     with _checkpoint(asked, images, layers, max_images, how) as checkpoint, stages() as bar:
         bench = Workbench(
-            checkpoint, images, max_images, threads=threads, trust_factory=trust_factory or bool(model_factory)
+            checkpoint,
+            images,
+            max_images,
+            threads=threads,
+            device=device,
+            trust_factory=trust_factory or bool(model_factory),
         )
         found = measure_api(
             bench, layers, pairs=pairs, captum_pairs=captum_pairs, internal_batch=captum_batch, progress=bar
@@ -145,6 +151,61 @@ def attribution(
         found = measure_attribution(model, source.batches(), layers, top=top, paired=paired, seed=seed, progress=bar)
     found = {"checkpoint_sha256": model.manifest.checkpoint_sha256, **found}
     print(json.dumps(found, indent=2)) if as_json else _show_attribution(found)
+
+
+@bench.command("explore")
+def explore(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint that `elude rewrite` made.")],
+    images: Annotated[str, typer.Option(help=options.IMAGES)] = ...,  # type: ignore[assignment]
+    pairs: Annotated[int, typer.Option(help="Pairs of a plain prediction and a slider's question.", min=1)] = 200,
+    max_images: Annotated[int, typer.Option(help="Use this many, spread over the folder.", min=1, max=8)] = 8,
+    trust_factory: Annotated[
+        bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """A slider's answer in the explorer, as multiples of a plain prediction, both from a TorchServe that it starts."""
+    from elude_runtime.cli.explore import own_server
+    from elude_runtime.explore.app import Explorer
+    from elude_runtime.explore.material import Material
+    from elude_runtime.explore.measure import slider_time
+    from elude_runtime.explore.served import ServedModel
+    from elude_runtime.network.preprocessing import DataConfig
+    from elude_runtime.offline.images import ImageSource
+
+    material = Material(checkpoint)
+    source = ImageSource(images, DataConfig.parse(material.manifest.data_config))
+    encoded = list(source.encoded(max_images))
+    with TemporaryDirectory() as folder, own_server(material, Path(folder), "m", trust_factory=trust_factory) as server:
+        server.wait_ready()
+        served = ServedModel(server.url, "m", material.manifest.checkpoint_sha256, token=server.token())
+        pages = Path(folder) / "pages"
+        pages.mkdir()
+        (pages / "explore.html").touch()
+        with stages() as bar:
+            found = slider_time(Explorer(served, material, pages, "bench"), server.token(), encoded, pairs, bar)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from elude_runtime.offline.bench import Ratio
+
+    print(f"plain prediction {found['plain_ms']} ms, slider's answer {found['slider_ms']} ms (medians)")
+    print(f"slider's answer: {Ratio(**found['ratio'])} plain predictions")
+
+
+@bench.command("report")
+def report(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, with its catalogue.")],
+    features: Annotated[int, typer.Option(help="Features in the gallery that is searched, at least.", min=1)] = 12_000,
+    rounds: Annotated[int, typer.Option(help="Times that each page is opened and each text typed.", min=1)] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """The size of a report, the time to open its pages, and of a keystroke in the search, in headless Chromium."""
+    from elude_runtime.offline.bench_report import measure_report
+
+    with stages() as bar:
+        found = measure_report(checkpoint, features, rounds, progress=bar)
+    print(json.dumps(found, indent=2)) if as_json else _show_report(found)
 
 
 @bench.command("catalogue")
@@ -216,19 +277,24 @@ def _show_api(found: dict[str, Any]) -> None:
         print(f"Captum IntegratedGradients of the pixels, 50 steps: {Ratio(**found['captum_pixel_ig'])}")
 
 
-def _show_catalogue(found: dict[str, Any]) -> None:
-    from elude_runtime.offline.bench import Ratio
-
-    facts = found["environment"]
-    print(f"torch {facts['torch']}, {facts['threads']} threads on {facts['cores']} cores")
-    features = ", ".join(f"{layer} {count}" for layer, count in found["features"].items())
-    print(f"catalogue of {found['images']} images ({features} features) / plain pass: {Ratio(**found['ratio'])}")
-    print(f"  {found['catalogue_seconds']} s / {found['plain_seconds']} s; by stage:")
-    for stage, seconds in found["stages_seconds"].items():
-        print(f"  {seconds:8.2f} s  {stage}")
-    verdict = "met" if found["met"] else "NOT met"
-    beyond, bound = found["seconds_beyond_two_passes"], found["bound_seconds"]
-    print(f"beyond two plain passes: {beyond} s, at most {bound}: {verdict}")
+def _show_report(found: dict[str, Any]) -> None:
+    print(
+        f"{found['features']:,} features, {found['images']:,} images: {found['megabytes']:.1f} MB, written in "
+        f"{found['seconds_to_write']:.1f} s; Chromium {found['browser']}"
+    )
+    for name, times in found["pages_ms"].items():
+        print(f"  {name:14} usable after {times['median']:.0f} ms (median; largest {times['largest']:.0f})")
+    gallery = found["gallery"]
+    times, keys = gallery["opening_ms"], gallery["keystroke_ms"]
+    print(
+        f"gallery of {gallery['features']:,} features: usable after {times['median']:.0f} ms (largest "
+        f"{times['largest']:.0f})"
+    )
+    print(
+        f"  a keystroke: {keys['script_median']:.0f} ms in scripts (largest {keys['script_largest']:.0f}), "
+        f"{keys['shown_median']:.0f} ms until it is on the screen (largest {keys['shown_largest']:.0f}), "
+        f"{keys['keystrokes']} keystrokes"
+    )
 
 
 def _show_attribution(found: dict[str, Any]) -> None:
@@ -268,3 +334,18 @@ def _show(found: dict[str, Any]) -> None:
                 f"  {run['images']:6} images: rewrite {run['rewrite_mib']}, a plain pass {run['plain_mib']}, "
                 f"difference {added}"
             )
+
+
+def _show_catalogue(found: dict[str, Any]) -> None:
+    from elude_runtime.offline.bench import Ratio
+
+    facts = found["environment"]
+    print(f"torch {facts['torch']}, {facts['threads']} threads on {facts['cores']} cores")
+    features = ", ".join(f"{layer} {count}" for layer, count in found["features"].items())
+    print(f"catalogue of {found['images']} images ({features} features) / plain pass: {Ratio(**found['ratio'])}")
+    print(f"  {found['catalogue_seconds']} s / {found['plain_seconds']} s; by stage:")
+    for stage, seconds in found["stages_seconds"].items():
+        print(f"  {seconds:8.2f} s  {stage}")
+    verdict = "met" if found["met"] else "NOT met"
+    beyond, bound = found["seconds_beyond_two_passes"], found["bound_seconds"]
+    print(f"beyond two plain passes: {beyond} s, at most {bound}: {verdict}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("elude-demo"),
 ) -> None:
-    """Rewrite, verify, archive, serve, explain and steer a small model, from nothing but this package."""
+    """Rewrite, verify, catalogue, serve, explain and steer a small model, from nothing but this package."""
     from elude_runtime.cli.server_process import require_programs
     from elude_runtime.demo.report import write_report
     from elude_runtime.demo.run import run
@@ -50,14 +50,16 @@ def _tell(console: Console, story: Story, report: Path) -> None:
     console.print(f"   The default predictions in the same replies {same}.")
     for failure in story.failures:
         console.print(f"[bold red]Did not hold:[/] {failure}")
-    console.print(f"\nThe pictures: open {report}    ({story.seconds:.0f} s)")
+    console.print(f"\nThis story in pictures: open {report}    ({story.seconds:.0f} s)", soft_wrap=True)
     elude = Path(sys.argv[0]).name if shutil.which(Path(sys.argv[0]).name) else sys.argv[0]
-    store = story.out / "model_store"
-    console.print(f"Serve it yourself: {elude} serve --model-store {store} --foreground", soft_wrap=True)
-    console.print(
-        f"Your own model:    {elude} layers MODEL, {elude} rewrite MODEL --pretrained --images DIR --out CKPT",
-        soft_wrap=True,
-    )
+    store, checkpoint = story.out / "model_store", story.out / "checkpoint"
+    for what, command in (
+        ("Every feature in pictures", f"open {story.pages}"),
+        ("Your own model", f"{elude} layers MODEL, {elude} rewrite MODEL --pretrained --images DIR --out CKPT"),
+        ("Serve it yourself", f"{elude} serve --model-store {store} --foreground"),
+        ("Turn features up and down, in the browser", f"{elude} explore {checkpoint}"),
+    ):
+        console.print(f"{what}: {command}", soft_wrap=True)
 
 
 def _bar(share: float, colour: str, width: int = 12) -> str:

@@ -4,7 +4,8 @@ over it, default and steered classes side by side."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,29 +28,60 @@ _LEFT = 420
 _TILE, _GAP, _TILES_ACROSS = 196, 18, 5
 _RIGHT = _TILES_ACROSS * (_TILE + _GAP) - _GAP
 _MARGIN = 28
+_FACES, _FACE_GAP = 4, 4
+_ON_PREFIX = re.compile(r"/[Cc](\d+|rest)$")  # names of features of class and register tokens
+
+Faces = Callable[[str, float, int], Sequence[Image.Image]]
+"""(feature, activation, count) -> square pictures of what else activates it so."""
 
 
 @dataclass(frozen=True)
 class Edited:
     """What one edit or vector does, in words, and where: cells [rows][columns] of the model's window, True where it
-    acts; None where its tokens have no place in the image (class and register tokens)."""
+    acts; None where its tokens have no place in the image (class and register tokens). feature: what is edited, as the
+    unchanged pass has it, None for a vector."""
 
     text: str
     cells: Sequence[Sequence[bool]] | None = None
+    feature: Shown | None = None
 
 
-def draw_reply(image: Image.Image, reply: Reply, name: str = "", edited: Sequence[Edited] = ()) -> Image.Image:
-    """What a reply says, as a picture. image: the upright RGB image that was sent; name: its title."""
+@dataclass(frozen=True)
+class Shown:
+    """A feature of this image. values: its activations on the token grid, None where it has no place in the image."""
+
+    feature: str
+    label: str | None
+    activation: float
+    values: np.ndarray | None
+
+
+def draw_reply(
+    image: Image.Image,
+    reply: Reply,
+    name: str = "",
+    edited: Sequence[Edited] = (),
+    faces: Faces = lambda feature, activation, count: (),
+) -> Image.Image:
+    """What a reply says, as a picture. image: the upright RGB image that was sent; name: its title; faces: exemplars
+    that stand beside the features."""
     picture = image.convert("RGB")
     left = [canvas.text_block(name, TITLE, _LEFT)] if name else []
-    left += [_seen(picture, reply, edited), _predictions(reply)]
+    left.append(_seen(picture, reply, edited))
+    if not reply.steered or reply.answer.source == "default" or not reply.predictions:
+        left.append(_predictions(reply))
+    if answered := _answer(reply):
+        left.append(answered)
     if edited:
         left.append(_edits(edited))
     left += [canvas.text_block(w.detail, SMALL, _LEFT, NEGATIVE) for w in reply.warnings]
     right = [_changes(reply, reply.steered)] if reply.steered else []
-    right += [_explanation(picture, reply, e, "") for e in reply.explanations or []]
+    tiles = [_edited_feature(picture, reply, n, e, faces) for n, e in enumerate(edited, 1) if e.feature is not None]
+    if tiles:
+        right.append(canvas.stack([canvas.text_block("what was edited", TITLE, _RIGHT), *_lines(tiles)], 14))
+    right += [_explanation(picture, reply, e, "", faces) for e in reply.explanations or []]
     steered = reply.steered.explanations if reply.steered else None
-    right += [_explanation(picture, reply, e, "steered: ") for e in steered or []]
+    right += [_explanation(picture, reply, e, "steered: ", faces) for e in steered or []]
     sheet = canvas.beside([canvas.stack(left, 22), canvas.stack(right, 34)], 40)
     made, _ = canvas.blank(sheet.width + 2 * _MARGIN, sheet.height + 2 * _MARGIN)
     made.paste(sheet, (_MARGIN, _MARGIN))
@@ -101,14 +133,19 @@ def _predictions(reply: Reply) -> Image.Image:
     for number, prediction in enumerate(reply.predictions):
         y = 26 + number * step
         write(draw, (0, y), _class(prediction.index, prediction.label), TEXT, width=_LEFT - 80)
-        write(draw, (_LEFT, y), f"{prediction.probability:.1%}", TEXT, right=True)
+        write(draw, (_LEFT, y), _percent(prediction.probability), TEXT, right=True)
         _bar(draw, (0, y + 22), _LEFT, prediction.probability, canvas.DEFAULT_BAR)
+    return made
+
+
+def _answer(reply: Reply) -> Image.Image | None:
+    """What the caller should act on, where that is not simply the prediction."""
     answer = reply.answer
-    if answer.source == "default" and not answer.policies:
-        return made
+    if not reply.predictions or (answer.source == "default" and not answer.policies):
+        return None
     by = f" (policies: {', '.join(answer.policies)})" if answer.policies else ""
     said = f"answer: {_class(answer.index, answer.label)}, {answer.source}{by}"
-    return canvas.stack([made, canvas.text_block(said, TEXT, _LEFT, STEERED)], 6)
+    return canvas.text_block(said, TEXT, _LEFT, STEERED)
 
 
 def _edits(edited: Sequence[Edited]) -> Image.Image:
@@ -151,7 +188,7 @@ def _changes(reply: Reply, steered: SteeredReply) -> Image.Image:
         for line, (share, colour) in enumerate(((default, canvas.DEFAULT_BAR), (new, STEERED))):
             top = y + 6 + 20 * line
             _bar(draw, (bars, top + 1), long, share / largest, colour, height=16)
-            write(draw, (bars + long * share / largest + 8, top), f"{share:.1%}", SMALL)
+            write(draw, (bars + long * share / largest + 8, top), _percent(share), SMALL)
         write(draw, (logits, y + 14), f"{change.default:.2f}", TEXT)
         write(draw, (logits + 160, y + 14), f"{change.steered:.2f}", TEXT)
         write(draw, (logits + 280, y + 14), f"{change.change:+.2f}", TEXT, _sign(change.change))
@@ -177,18 +214,22 @@ def _log_sum(predictions: Sequence[Prediction]) -> float:
 # --- explanations -----------------------------------------------------------------------------------------------------
 
 
-def _explanation(picture: Image.Image, reply: Reply, explanation: ExplanationReply, prefix: str) -> Image.Image:
+def _explanation(
+    picture: Image.Image, reply: Reply, explanation: ExplanationReply, prefix: str, faces: Faces
+) -> Image.Image:
     target = explanation.target
     what = "direction" if target.direction else _class(target.index, target.label)
     against = f" against class {target.versus}" if target.versus is not None else ""
-    head = canvas.text_block(f"{prefix}{what}{against}: {explanation.value:.2f}", TITLE, _RIGHT)
-    return canvas.stack([head, *(_layer(picture, reply, layer, explanation.value) for layer in explanation.layers)], 16)
+    head = canvas.text_block(f"{prefix}what carried {what}{against}", TITLE, _RIGHT)
+    layers = [_layer(picture, reply, layer, explanation.value, faces) for layer in explanation.layers]
+    return canvas.stack([head, *layers], 16)
 
 
-def _layer(picture: Image.Image, reply: Reply, layer: LayerReply, value: float) -> Image.Image:
+def _layer(picture: Image.Image, reply: Reply, layer: LayerReply, value: float, faces: Faces) -> Image.Image:
     listed = sum(f.attribution for f in layer.features)
     facts = [
-        f"{layer.method}: baseline {layer.baseline:.2f}, to explain {value - layer.baseline:+.2f}",
+        f"{layer.method.replace('_', ' ')}: value {value:.2f}, baseline {layer.baseline:.2f}, to explain "
+        f"{value - layer.baseline:+.2f}",
         f"listed here {listed:+.2f}",
     ]
     if layer.completeness_error is not None:
@@ -200,18 +241,25 @@ def _layer(picture: Image.Image, reply: Reply, layer: LayerReply, value: float) 
         canvas.text_block("; ".join(facts), SMALL, _RIGHT, FAINT),
     ]
     largest = max((abs(f.attribution) for f in layer.features), default=0.0)
-    tiles = [_feature(picture, reply, layer.layer, f, largest) for f in layer.features]
-    lines = [canvas.beside(tiles[i : i + _TILES_ACROSS], _GAP) for i in range(0, len(tiles), _TILES_ACROSS)]
-    body = canvas.stack(lines, 24) if lines else canvas.text_block("No feature of this sign.", TEXT, _RIGHT)
+    tiles = [_feature(picture, reply, layer.layer, f, largest, faces) for f in layer.features]
+    body = canvas.stack(_lines(tiles), 24) if tiles else canvas.text_block("No feature of this sign.", TEXT, _RIGHT)
     return canvas.stack([*head, body], 6)
 
 
-def _feature(picture: Image.Image, reply: Reply, layer: str, feature: FeatureReply, largest: float) -> Image.Image:
+def _lines(tiles: Sequence[Image.Image]) -> list[Image.Image]:
+    return [canvas.beside(tiles[i : i + _TILES_ACROSS], _GAP) for i in range(0, len(tiles), _TILES_ACROSS)]
+
+
+def _feature(
+    picture: Image.Image, reply: Reply, layer: str, feature: FeatureReply, largest: float, faces: Faces
+) -> Image.Image:
     """A feature: its heatmap over the model's window, name and label, activation, attribution as number and bar."""
-    blocks = [_overlay(picture, reply, feature.heatmap, "no place in the image")]
+    shown = Shown(feature.feature, feature.label, feature.activation, _values(feature.heatmap))
+    others = faces(shown.feature, shown.activation, _FACES)
+    blocks = [_place(picture, reply, shown, others)]
     if feature.pixels is not None:
         blocks.append(canvas.text_block("pixels that its activation rests on", SMALL, _TILE, FAINT))
-        blocks.append(_overlay(picture, reply, feature.pixels, ""))
+        blocks.append(_overlay(picture, reply, _values(feature.pixels), ""))
     made, draw = canvas.blank(_TILE, 84 + (18 if feature.effect is not None else 0))
     write(draw, (0, 0), feature.feature.removeprefix(f"{layer}/"), TEXT, width=_TILE - 70)
     write(draw, (_TILE, 0), f"{feature.attribution:+.3g}", TEXT, _sign(feature.attribution), right=True)
@@ -220,23 +268,63 @@ def _feature(picture: Image.Image, reply: Reply, layer: str, feature: FeatureRep
     draw.line((0, 27, _TILE, 27), LINE)
     draw.rectangle((min(middle, middle + length), 23, max(middle, middle + length), 31), _sign(feature.attribution))
     draw.line((middle, 20, middle, 34), INK)
-    write(draw, (0, 40), feature.label or "no label", SMALL, INK if feature.label else FAINT, width=_TILE)
-    write(draw, (0, 60), f"activation {feature.activation:.3g} at token {feature.token}", SMALL, FAINT, width=_TILE)
+    _describe(draw, 40, shown)
     if feature.effect is not None:
         write(draw, (0, 78), f"effect of ablating it {feature.effect:+.3g}", SMALL, FAINT, width=_TILE)
-    return canvas.stack([*blocks, made], 6)
+    return canvas.stack([*blocks, made, *_strip(shown, others)], 6)
 
 
-def _overlay(picture: Image.Image, reply: Reply, heatmap: Heatmap | None, otherwise: str) -> Image.Image:
+def _edited_feature(picture: Image.Image, reply: Reply, number: int, edit: Edited, faces: Faces) -> Image.Image:
+    """A feature that was edited, as the unchanged pass has it, under its edit's number."""
+    assert edit.feature is not None
+    others = faces(edit.feature.feature, edit.feature.activation, _FACES)
+    made, draw = canvas.blank(_TILE, 62)
+    write(draw, (0, 0), f"{number}  {edit.feature.feature.partition('/')[2]}", TEXT, STEERED, width=_TILE)
+    _describe(draw, 22, edit.feature)
+    return canvas.stack([_place(picture, reply, edit.feature, others), made, *_strip(edit.feature, others)], 6)
+
+
+def _describe(draw: ImageDraw.ImageDraw, y: float, shown: Shown) -> None:
+    """Two lines: label, activation."""
+    write(draw, (0, y), shown.label or "no label", SMALL, INK if shown.label else FAINT, width=_TILE)
+    value = f"{shown.activation:+.3g}"
+    said = f"{value} on the class token" if _ON_PREFIX.search(shown.feature) else f"activation {value}"
+    write(draw, (0, y + 20), said, SMALL, FAINT, width=_TILE)
+
+
+def _place(picture: Image.Image, reply: Reply, shown: Shown, others: Sequence[Image.Image]) -> Image.Image:
+    """The feature's heat over the model's window; where it has no place there, what else activates it."""
+    if shown.values is None and others:
+        side = (_TILE - _FACE_GAP) // 2
+        tiles = [one.resize((side, side), Image.Resampling.LANCZOS) for one in others]
+        rows = [canvas.beside(tiles[i : i + 2], _FACE_GAP) for i in (0, 2) if tiles[i : i + 2]]
+        caption = canvas.text_block("images where it is as here", SMALL, _TILE, FAINT)
+        return canvas.stack([canvas.stack(rows, _FACE_GAP), caption], 4)
+    on_prefix = _ON_PREFIX.search(shown.feature) is not None
+    return _overlay(picture, reply, shown.values, "on the class token" if on_prefix else "no place in the image")
+
+
+def _strip(shown: Shown, others: Sequence[Image.Image]) -> list[Image.Image]:
+    """What else activates a feature that has its heat above."""
+    if shown.values is None or not others:
+        return []
+    side = (_TILE - (_FACES - 1) * _FACE_GAP) // _FACES
+    return [canvas.beside([one.resize((side, side), Image.Resampling.LANCZOS) for one in others], _FACE_GAP)]
+
+
+def _values(heatmap: Heatmap | None) -> np.ndarray | None:
+    return None if heatmap is None or heatmap.values is None else np.array(heatmap.values, dtype=np.float64)
+
+
+def _overlay(picture: Image.Image, reply: Reply, values: np.ndarray | None, otherwise: str) -> Image.Image:
     x0, y0, x1, y1 = reply.input.window
     shape = (y1 - y0) / (x1 - x0)
     size = (_TILE, max(_TILE // 4, min(2 * _TILE, round(_TILE * shape))))
     seen = canvas.view(picture, (x0, y0, x1, y1), size)
-    if heatmap is None or heatmap.values is None:
+    if values is None:
         pale = Image.blend(seen, Image.new("RGB", size, PAPER), 0.75)
         write(ImageDraw.Draw(pale), (10, size[1] / 2 - SMALL), otherwise, SMALL, width=_TILE - 20)
         return canvas.stack([pale, canvas.blank(_TILE, round(SMALL * 1.35))[0]], 4)
-    values = np.array(heatmap.values, dtype=np.float64)
     largest = float(np.abs(values).max(initial=0.0))
     scale = canvas.heat_scale(largest, _TILE, SMALL, f"{largest:.2g}")
     return canvas.stack([canvas.heat(seen, values), scale], 4)
@@ -249,6 +337,10 @@ def _class(index: int | None, label: str | None) -> str:
     if index is None:
         return "the embedding"
     return f"{label} ({index})" if label else f"class {index}"
+
+
+def _percent(share: float) -> str:
+    return "< 0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
 def _sign(value: float) -> canvas.Colour:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,6 +107,7 @@ def evaluate(
         print(json.dumps(result.document(), indent=2, allow_nan=False))
     else:
         _print(result)
+    _print_seconds(result.facts["seconds"])
     console.print(
         f"{files[0]}, and {len(files) - 1} plots in {checkpoint / 'evaluation'}", highlight=False, soft_wrap=True
     )
@@ -176,6 +177,14 @@ def _print(result: Evaluation) -> None:
     for layer in result.layers:
         _print_layer(layer)
     screen.print(f"\n{result.statement}")
+
+
+def _print_seconds(seconds: Mapping[str, float]) -> None:
+    """One line, the longest phase first, without those that hardly count."""
+    total = seconds["total"]
+    phases = sorted(((s, name) for name, s in seconds.items() if name != "total" and s >= total / 100), reverse=True)
+    parts = ", ".join(f"{name} {s:.0f}" for s, name in phases)
+    console.print(f"{total:.0f} seconds: {parts}", highlight=False, soft_wrap=True)
 
 
 def _print_layer(layer: LayerResult) -> None:

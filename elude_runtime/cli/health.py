@@ -104,12 +104,17 @@ def health(
 
 def read_keys(run_dir: Path) -> dict[str, str]:
     """The keys of a server with token authorization, by purpose (`inference`, `management`, `API`); empty without."""
+    file = run_dir / "key_file.json"
+    return read_key_file(file) if file.exists() else {}
+
+
+def read_key_file(file: Path) -> dict[str, str]:
+    """The keys in TorchServe's key_file.json, by purpose. ServerError where it cannot be read."""
     try:
-        content = json.loads((run_dir / "key_file.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ServerError(f"{run_dir / 'key_file.json'} cannot be read: {error}") from error
+        content = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not TorchServe's"
+        raise ServerError(f"{file} cannot be read as a key file: {reason}.") from error
     return {purpose: entry["key"] for purpose, entry in content.items() if isinstance(entry, dict) and "key" in entry}
 
 

@@ -21,6 +21,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show a checkpoint, or one of its features."""
+    from elude_runtime.checkpoint.certificate import read_certificate
     from elude_runtime.checkpoint.manifest import read_manifest
     from elude_runtime.offline.feature_table import read_table
 
@@ -29,7 +30,7 @@ def inspect(
     if feature is not None:
         show_feature(checkpoint, feature, rows, manifest.labels, as_json)
         return
-    certificate = _certificate(checkpoint, manifest.checkpoint_sha256)
+    certificate = read_certificate(checkpoint, manifest.checkpoint_sha256).sentence
     concepts = [r for r in rows if r["kind"] == "concept"]
     concepts.sort(key=lambda r: -r["share"])
     if as_json:
@@ -55,18 +56,3 @@ def inspect(
         )  # fmt: skip
     console.print(table)
     console.print(f"\nelude inspect {checkpoint} FEATURE shows one of them.")
-
-
-def _certificate(checkpoint: Path, digest: str) -> str:
-    from elude_runtime.offline.verify import VERIFICATION
-
-    try:
-        document = json.loads((checkpoint / VERIFICATION).read_text(encoding="utf-8"))
-        if document["checkpoint_sha256"] != digest:
-            return "verification.json belongs to another checkpoint"
-        made = str(document["made"])[:10]
-        return f"verified {made} on {document['images']} images" if document["holds"] else f"verification FAILED {made}"
-    except FileNotFoundError:
-        return "not verified yet (elude verify)"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "verification.json is damaged"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from elude_runtime.api.engine import Engine
     from elude_runtime.api.schema.reply import Prediction, Reply
     from elude_runtime.api.schema.request import Change
-    from elude_runtime.cli.drawing import Edited
+    from elude_runtime.cli.drawing import Edited, Shown
 
 ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")]
 Checkpoint = Annotated[Path, typer.Option("--ckpt", metavar="CKPT", help="The checkpoint that `elude rewrite` made.")]
@@ -75,10 +75,12 @@ class Asked:
     def draw(self, reply: Reply, steer: dict[str, Any] | None, out: Path) -> None:
         """The reply as a picture. StorageError where the file cannot be written."""
         from elude_runtime.cli.drawing import draw_reply
+        from elude_runtime.cli.faces import Faces
         from elude_runtime.network.preprocessing import SERVED_FORMATS, decode_image
 
         image = decode_image(self.encoded, formats=SERVED_FORMATS)
-        drawn = draw_reply(image, reply, self.file.name, self._edited(reply, steer) if steer else ())
+        edited = self._edited(reply, steer) if steer else ()
+        drawn = draw_reply(image, reply, self.file.name, edited, Faces(self.checkpoint).of)
         try:
             drawn.save(out)
         except (OSError, ValueError) as error:
@@ -106,14 +108,36 @@ class Asked:
         features = [model.feature(edit.feature) for edit in steering.edits]
         acted_on = [(f.layer, f.token_type, e.apply) for f, e in zip(features, steering.edits, strict=True)]
         acted_on += [(vector.layer, POSITION, vector.apply) for vector in steering.vectors]
+        shown: list[Shown | None] = [*self._shown([edit.feature for edit in change.edits])]
+        shown += [None] * len(change.vectors)
         found = []
-        for wish, (layer, token_type, scope) in zip((*change.edits, *change.vectors), acted_on, strict=True):
+        for wish, (layer, token_type, scope), feature in zip(
+            (*change.edits, *change.vectors), acted_on, shown, strict=True
+        ):
             layout, cells = model.state(layer).layout, None
             if layout.grid is not None and token_type == POSITION and scope.tokens != "cls":
                 mask = scope_mask(scope, layout, window)
                 cells = mask[layout.slices[POSITION]].reshape(layout.grid).tolist()
-            found.append(Edited(prefix + words(wish.model_dump(mode="json")), cells))
+            found.append(Edited(prefix + words(wish.model_dump(mode="json")), cells, feature))
         return found
+
+    def _shown(self, names: list[str]) -> list[Shown]:
+        """Features as the unchanged pass has them."""
+        import numpy as np
+
+        from elude_runtime.cli.drawing import Shown
+        from elude_runtime.network.tokens import POSITION
+
+        if not names:
+            return []
+        reply, _ = self.ask({"activations": {"features": names, "reduce": "tokens"}})
+        made = []
+        for found in reply.activations or []:
+            feature, values = self.engine.model.feature(found.feature), np.array(found.values)
+            grid = self.engine.model.state(feature.layer).layout.grid
+            on_grid = values.reshape(grid) if grid is not None and feature.token_type == POSITION else None
+            made.append(Shown(found.feature, found.label, float(values[np.abs(values).argmax()]), on_grid))
+        return made
 
 
 def steer_document(

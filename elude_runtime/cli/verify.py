@@ -29,6 +29,7 @@ def verify(
     model_arg: options.ModelArg = None,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes to compare at.")] = "1,8",
     max_images: Annotated[int | None, typer.Option(help="Use this many, spread over the folder.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …: where both models run.")] = "cpu",
     input_size: options.InputSize = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -68,6 +69,7 @@ def verify(
             images,
             batch_sizes=sizes,
             limit=max_images,
+            device=device,
             trust_factory=trust_factory,
             progress=bar,
         )

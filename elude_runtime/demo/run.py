@@ -1,5 +1,5 @@
-"""The whole main job on the embedded default: pictures, rewrite, certificate, archive, a real server, and the story of
-a spurious feature that is found and switched off by a request."""
+"""The whole main job on the embedded default: pictures, rewrite, certificate, catalogue, report, archive, a real
+server, and the story of a spurious feature that is found and switched off by a request."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from elude_runtime.demo.model import load_demo_model
 from elude_runtime.demo.rewrite import CALIBRATION, demo_data_config, rewrite_demo, write_calibration
 from elude_runtime.errors import EludeError
 from elude_runtime.network.preprocessing import DataConfig, to_input
+from elude_runtime.offline.catalogue.run import make_catalogue
+from elude_runtime.offline.report.report import write_report
 from elude_runtime.offline.verify import Verification, verify
 
 STREAM, GROUPS = 240, 480
@@ -38,9 +40,10 @@ Report = Callable[[str], None]
 
 @dataclass
 class Story:
-    """What the demo did and saw; `failures` says which steps did not hold."""
+    """What the demo did and saw; `failures` says which steps did not hold; pages: the first of the features' report."""
 
     out: Path
+    pages: Path | None = None
     verification: Verification | None = None
     equal_replies: int = 0
     compared_replies: int = 0
@@ -105,6 +108,14 @@ def run(out: Path, say: Report) -> Story:
         f"verify: {sum(c.holds is True for c in exact.checks)} of {len(exact.checks)} checks hold, "
         f"on {exact.images} pictures"
     )
+
+    catalogue = make_catalogue(checkpoint, out / "images", batch_size=50)
+    say(
+        f"catalogue: {sum(catalogue.features.values())} features with exemplars, "
+        f"{sum(catalogue.labels.values())} of them with a label"
+    )
+    story.pages = write_report(checkpoint, out / "report", force=True).page
+    say(f"report: {story.pages}, their pictures, in any browser")
 
     archive = build_archive(checkpoint, out / "model_store", name=_NAME, force=True)
     say(f"archive: {archive} ({archive.stat().st_size / 2**20:.1f} MiB, no pickle)")

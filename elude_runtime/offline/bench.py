@@ -226,4 +226,5 @@ def _high_water(pid: int) -> int:
 
 def environment() -> dict[str, Any]:
     """What figures depend on."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": psutil.cpu_count()}
+    found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": psutil.cpu_count()}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {})

@@ -87,20 +87,21 @@ class Workbench:
         count: int,
         *,
         threads: int | None = None,
+        device: str = "cpu",
         trust_factory: bool = False,
     ) -> None:
-        """EludeError for a checkpoint or images that cannot be used."""
-        config = ServingConfig.model_validate({"threads": threads, "trust_factory": trust_factory, "device": "cpu"})
+        """EludeError for a checkpoint, images or a device that cannot be used."""
+        config = ServingConfig.model_validate({"threads": threads, "trust_factory": trust_factory, "device": device})
         self.engine = Engine.open(checkpoint, config, name="bench", version="1")
         self.model = self.engine.model
         if self.model.manifest.output != "logits":
             raise EludeError("The model has no classes to explain; give `elude bench api` one with a head.")
-        dtype = next(self.model.base.parameters()).dtype
+        parameter = next(self.model.base.parameters())
         transform = self.model.data_config.transform()
         found = []
         for encoded in ImageSource(images, self.model.data_config).encoded(count):
             x = to_input(decode_image(encoded, formats=SERVED_FORMATS), transform)
-            found.append(Sample(encoded, x[None].to(dtype)))
+            found.append(Sample(encoded, x[None].to(parameter.device, parameter.dtype)))
         if not found:
             raise EludeError(f"None of the images in {images} can be read; give JPEG, PNG or WebP files.")
         self.samples = found
@@ -219,15 +220,15 @@ def tail_share(bench: Workbench, layer: str, passes: int) -> Ratio:
     left = [0.0]
 
     def look(*_: Any) -> None:
-        left[0] = time.perf_counter()
+        left[0] = _now()
 
     shares = []
     bench.predict(0)
     with _hook(bench.model.states[layer].linear.module, look):
         for number in range(passes):
-            start = time.perf_counter()
+            start = _now()
             bench.predict(number)
-            end = time.perf_counter()
+            end = _now()
             shares.append((end - left[0]) / (end - start))
     return Ratio.of(shares)
 
@@ -264,9 +265,16 @@ def _hook(module: torch.nn.Module, look: Callable[..., None]) -> Iterator[None]:
 
 
 def _seconds(call: Call, number: int) -> float:
-    start = time.perf_counter()
+    start = _now()
     call(number)
-    return time.perf_counter() - start
+    return _now() - start
+
+
+def _now() -> float:
+    """Seconds, when what a GPU was given to do is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _median_ms(call: Call, times: int) -> float:

@@ -123,6 +123,13 @@ class ImageSource:
             return len(self._files)
         return len(self._tensors) if isinstance(self._tensors, Tensor) else None
 
+    @property
+    def places(self) -> Tensor:
+        """int64: where the images stand in the files or the tensor, readable or not; of an iterable of batches it is
+        not known."""
+        assert self.count is not None
+        return torch.arange(self.count) if self._chosen is None else self._chosen
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over what makes the batches: names and sizes of the files (wherever they lie) or the content of the

@@ -21,6 +21,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from elude_runtime.analysis.model import EludeModel, build_base
+from elude_runtime.checkpoint.certificate import VERIFICATION
 from elude_runtime.checkpoint.manifest import Manifest, read_manifest
 from elude_runtime.checkpoint.storage import (
     CALIBRATION_TENSOR,
@@ -32,7 +33,7 @@ from elude_runtime.checkpoint.storage import (
 )
 from elude_runtime.errors import EludeError
 from elude_runtime.network.build import load_weights
-from elude_runtime.network.conditions import borrowed
+from elude_runtime.network.conditions import borrowed, usable_device
 from elude_runtime.network.explicit import explicit_model
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.preprocessing import DataConfig, decode_image, to_input, upright_image
@@ -41,7 +42,6 @@ from elude_runtime.offline.images import ImageSource, Progress
 from elude_runtime.partition import Partition
 from elude_runtime.partition.sums import concept_weight, wide_weight
 
-VERIFICATION = "verification.json"
 FLOAT64_BOUND = 1e-12
 # of the neuron's own scale: the float32 inputs of a layer deep in a network move by 1e-5 with batch size and machine
 _MEAN_BOUND = 1e-4
@@ -85,6 +85,7 @@ def verify(
     batch_sizes: tuple[int, ...] = (1, 8),
     limit: int | None = None,
     few: int = 4,
+    device: str | torch.device | None = None,
     trust_factory: bool = False,
     write: bool = True,
     progress: Progress | None = None,
@@ -92,16 +93,18 @@ def verify(
     """Check a checkpoint against `base`, the model built from its own source with its own weights (eval mode).
 
     data_config: the base model's preprocessing; images: files as `ImageSource` takes them, or preprocessed images
-    [N, 3, H, W]; few: images for the float64 checks. Writes `verification.json` unless told not to. CheckpointError for
-    a checkpoint that cannot be read at all; what can be read and does not hold is a failed check.
+    [N, 3, H, W]; few: images for the float64 checks; device: where both models run, by default where the base model
+    is. Writes `verification.json` unless told not to. CheckpointError for a checkpoint that cannot be read at all,
+    SettingsError for a device that is not there; what can be read and does not hold is a failed check.
     """
     report = progress or (lambda *_: None)
-    with borrowed(base):
+    with borrowed(base, None if device is None else usable_device(device)):
         manifest = read_manifest(checkpoint)
         tensors, own = split_tensors(read_tensors(checkpoint))
         own.pop(CALIBRATION_TENSOR, None)
         partitions = {entry.name: read_partition(own, entry) for entry in manifest.layers}
         checks = [check_tensors(manifest, tensors, own, base), check_partition(manifest, own, partitions)]
+        place = next(base.parameters()).device
         source = ImageSource(images, data_config, batch_size=max(batch_sizes), limit=limit)
         count = 0
         # a tampered name or another base: the two first checks say so, and the others have nothing to compare
@@ -109,6 +112,7 @@ def verify(
             rebuilt = build_base(manifest.model, checkpoint, trust_factory=trust_factory)
             load_weights(rebuilt, tensors, str(checkpoint))
             model = EludeModel(rebuilt.requires_grad_(False), manifest, partitions)
+            model.to(place)
             logits, count = check_logits(model, base, source, batch_sizes, report)
             same = sha256(source.report.hashes.in_order()).hexdigest() == manifest.calibration.sha256
             sample = next(source.batches())[:few]
@@ -124,7 +128,7 @@ def verify(
             )
             checks += logits[1:]
     environment = {"torch": torch.__version__, "timm": timm.__version__, "threads": torch.get_num_threads()}
-    environment["device"] = str(next(base.parameters()).device)
+    environment["device"] = str(place)
     result = Verification(manifest.checkpoint_sha256, checks, count, environment)
     if write:
         write_json(checkpoint / VERIFICATION, result.document())

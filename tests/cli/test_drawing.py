@@ -26,7 +26,7 @@ from elude_runtime.api.schema.reply import (
     Warning,
 )
 from elude_runtime.cli import canvas
-from elude_runtime.cli.drawing import Edited, draw_reply
+from elude_runtime.cli.drawing import Edited, Shown, draw_reply
 
 LAYER = "blocks.10.mlp.fc2"
 
@@ -263,6 +263,45 @@ class TestReply:
         found = np.argwhere((part == canvas.STEERED).all(-1))
         assert found.min(0).tolist() == pytest.approx([0, 105], abs=2)
         assert found.max(0).tolist() == pytest.approx([105, 210], abs=2)
+
+    def test_what_was_edited_stands_below_with_its_heat(self) -> None:
+        """In the order of the edits; a vector has no tile."""
+        up = Shown(f"{LAYER}/P0", "fur", 1.0, np.ones((2, 2)))
+        down = Shown(f"{LAYER}/P1", None, -1.0, -np.ones((2, 2)))
+        edits = [Edited("a", feature=up), Edited("vector"), Edited("b", feature=down)]
+        made = reply(GREY, **steered([1.0, 0.0], [0.0, 1.0]))
+        drawn = np.asarray(draw_reply(GREY, made, edited=edits), dtype=int)
+        assert len(drawn) > draw_reply(GREY, made, edited=edits[1:2]).height
+        right = drawn[:, 28 + 420 + 40 :]
+        tiles = [right[:, i * 214 : i * 214 + 196] for i in range(3)]
+        reds = [int(((t[..., 0] > 170) & (t[..., 2] < 90)).sum()) for t in tiles]
+        blues = [int(((t[..., 2] > 150) & (t[..., 0] < 60)).sum()) for t in tiles]
+        assert reds[0] > 15_000 and max(reds[1:]) < 5_000
+        assert blues[1] > 15_000 and max(blues[0], blues[2]) < 5_000
+
+    def test_exemplars_stand_beside_heat_and_in_its_place(self) -> None:
+        """Of the end that the activation points to; four below a feature with heat, two by two where there is none."""
+        asked: list[tuple[str, float, int]] = []
+        colour = (1, 254, 3)
+
+        def faces(feature: str, activation: float, count: int) -> list[Image.Image]:
+            asked.append((feature, activation, count))
+            return [Image.new("RGB", (9, 9), colour)] * count
+
+        features = [feature(activation=-3.1), feature("C0", heatmap=None)]
+        made = reply(GREY, explanations=[explanation(*features)])
+        drawn = draw_reply(GREY, made, faces=faces)
+        assert asked == [(f"{LAYER}/P0", -3.1, 4), (f"{LAYER}/C0", 3.1, 4)]
+        right = np.asarray(drawn)[:, 28 + 420 + 40 :]
+        beside, instead = (int((right[:, i * 214 : i * 214 + 196] == colour).all(-1).sum()) for i in (0, 1))
+        assert (beside, instead) == (4 * 46**2, 4 * 96**2)
+
+    def test_a_steered_picture_says_its_prediction_once(self) -> None:
+        plain = reply(GREY, **steered([1.0, 0.0], [0.0, 1.0]))
+        answer = Answer(source="steered", index=1, label=None, probability=0.7)
+        acted_on = plain.model_copy(update={"answer": answer})
+        bars = [counted(draw_reply(GREY, made), canvas.DEFAULT_BAR) for made in (plain, acted_on)]
+        assert bars[1] < bars[0]
 
     def test_outside_the_window_is_pale(self) -> None:
         image = Image.new("RGB", (420, 210), (0, 0, 0))

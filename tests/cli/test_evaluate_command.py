@@ -68,6 +68,11 @@ def test_the_screen_and_the_files(run: Run, checkpoint: Path, weights: Path) -> 
     assert ran.out.rstrip().endswith("not yet meaningful to people.")
     assert "note:" in ran.err and "evaluation.json" in ran.err
     document = json.loads((checkpoint / "evaluation.json").read_text())
+    seconds = document["seconds"]
+    assert seconds.keys() >= {"encoders", "baseline kmeans", "stability", "random network", "fidelity", "effects"}
+    assert sum(seconds.values()) - seconds["total"] <= seconds["total"] + 1
+    longest = max((name for name in seconds if name != "total"), key=seconds.__getitem__)
+    assert f"{seconds['total']:.0f} seconds: {longest} {seconds[longest]:.0f}, " in ran.err
     assert document["settings"]["baselines"]["baselines"] == ["hidden", "kmeans"]
     own = next(line for line in ran.out.splitlines() if line.startswith("concepts  "))
     assert own.split()[2:4] == ["yes", "100%"] and "layer's place, 54 images" in ran.out

@@ -106,15 +106,17 @@ class TestDrawing:
         seen: list[Sequence[drawing.Edited]] = []
         draw = drawing.draw_reply
 
-        def spy(image: Image.Image, reply: Any, name: str = "", edited: Sequence[drawing.Edited] = ()) -> Image.Image:
+        def spy(
+            image: Image.Image, reply: Any, name: str, edited: Sequence[drawing.Edited], faces: drawing.Faces
+        ) -> Image.Image:
             seen.append(edited)
-            return draw(image, reply, name, edited)
+            return draw(image, reply, name, edited, faces)
 
         monkeypatch.setattr(drawing, "draw_reply", spy)
         return seen
 
     def test_regions_are_the_cells_that_are_edited(
-        self, run: Run, stored: Path, image: Path, tmp_path: Path, drawn: list[Sequence[drawing.Edited]]
+        self, run: Run, vit: Rewritten, stored: Path, image: Path, tmp_path: Path, drawn: list[Sequence[drawing.Edited]]
     ) -> None:
         """Of the picture, 48 x 40, the model sees 36.6 x 36.6 from (5.7, 2.3), as 4 x 4 cells of 9.14 pixels."""
         options = [
@@ -132,6 +134,13 @@ class TestDrawing:
         assert box.cells == [[False] * 4, [False] * 4, [False, True, True, True], [False] * 4]
         assert prefix.cells is None
         assert everywhere.cells == vector.cells == [[True] * 4] * 4
+        tensor = to_input(decode_image(image.read_bytes()), vit.data.transform())[None]
+        column = vit.model.concept_names(SECOND).index(P0)
+        activations = vit.model.concepts(tensor, layer=SECOND)[0, 1:, column].reshape(4, 4)
+        assert left.feature is not None and left.feature.feature == P0 and left.feature.values is not None
+        np.testing.assert_allclose(left.feature.values, activations, atol=1e-5)
+        assert abs(left.feature.activation) == np.abs(left.feature.values).max()
+        assert prefix.feature is not None and prefix.feature.values is None and vector.feature is None
         pixels = np.asarray(Image.open(tmp_path / "o.png").convert("RGB"))
         assert ((pixels == (225, 112, 0)).all(-1)).sum() > 1000
 

@@ -69,4 +69,6 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     page = (out / "report.html").read_text()
     assert "FAILS" not in page and "CHANGED" not in page
     assert page.count("data:image/webp") > 12
-    assert np.all([(out / name).exists() for name in ("images/concepts.csv", "model_store/demo.mar")])
+    made = ("images/concepts.csv", "model_store/demo.mar", "report/index.html", "checkpoint/exemplars/catalogue.json")
+    assert np.all([(out / name).exists() for name in made])
+    assert ran.stdout.rstrip().endswith(f"explore {out / 'checkpoint'}")

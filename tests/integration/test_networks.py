@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ from elude_runtime.offline.verify import verify
 ALL = os.environ.get("ELUDE_ALL_IMAGES") == "1"
 IMAGES = 500 if ALL else 32
 LAYERS = {"deit_tiny_3bit": "blocks.10.mlp.fc2", "mobilenetv2_100": "blocks.6.0.conv_pwl"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
 
 
 def elude_command(arguments: list[object]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,44 +12,63 @@ from elude_runtime.offline.catalogue.best_images import NOWHERE
 
 NAMED = 3  # classes of an end at most
 LONGEST = 60  # characters
-_LEAST_SHARE = 0.02  # mean probability, over the top images but the one that is surest of the class
-_LEAST_ODDS = 5.0  # over the odds of the base rate
+_FEWEST = 3  # top images that speak for an end
+_FEWEST_READ = 20  # images of which a class's spread is known
+_BY_CHANCE = 0.01  # ends of images drawn at random that would be named
+_DRAWS = 1000  # such ends
+_AT_ONCE = 16_000_000  # logits gathered at once
 _BETWEEN = " ↔ "  # what is between the ends
 
 
 def shown_classes(places: Tensor, answers: Answers, classes: Sequence[str]) -> Tensor:
     """int64 [F, 3]: the classes that stand out among the top images of an end, the most first, -1 where there is none.
 
-    places int64 [n, F]; classes: their names, and without any none stands out. A class stands out by its mean
-    probability over the top images, its surest image left out (one image speaks for nothing): at least .02, at odds of
-    at least 5 times those of its base rate over all images. Probabilities beyond an image's first ten classes count
-    as 0.
+    places int64 [n, F]; classes: their names, and without any none stands out. What counts is what the model says of
+    all top images together, not only its first answers: the mean of a class's centred logit over them, above its mean
+    over all images, in standard errors. A class stands out where this is more than the largest of any class for all but
+    one in a hundred ends of as many images drawn at random. An end needs three images, and a catalogue twenty.
     """
     features = places.shape[1]
     shown = torch.full((features, NAMED), -1)
-    feature, rank = (places.T != NOWHERE).nonzero(as_tuple=True)
-    if not len(feature) or not classes:
+    if not classes or answers.count < _FEWEST_READ:
         return shown
-    rows = answers.rows(places[rank, feature])
-    numbers, probabilities = answers.classes[rows].long().numpy(), answers.probabilities[rows].double().numpy()
-    count = len(answers.total)
-    key = feature.numpy()[:, None] * count + numbers
-    pairs, which = np.unique(key.ravel(), return_inverse=True)
-    total, most = np.zeros(len(pairs)), np.zeros(len(pairs))
-    np.add.at(total, which, probabilities.ravel())
-    np.maximum.at(most, which, probabilities.ravel())
-    images = torch.bincount(feature, minlength=features).numpy()
-    of, named = pairs // count, pairs % count
-    share = (total - most) / np.maximum(1, images[of] - 1)
-    base = answers.base_rate.numpy()[named]
-    out = (share >= _LEAST_SHARE) & (share * (1 - base) >= _LEAST_ODDS * base * (1 - share))
-    of, named, share = of[out], named[out], share[out]
-    order = np.lexsort((-share, of))
-    of, named = of[order], named[order]
-    number = np.arange(len(of)) - np.searchsorted(of, of)
-    first = number < NAMED
-    shown[torch.from_numpy(of[first]), torch.from_numpy(number[first])] = torch.from_numpy(named[first])
+    least = torch.cat([torch.full((_FEWEST,), torch.inf), _by_chance(answers, len(places))])
+    step = max(1, _AT_ONCE // (len(places) * len(classes)))
+    for start in range(0, features, step):
+        part = places[:, start : start + step]
+        there = part != NOWHERE
+        rows = answers.rows(torch.where(there, part, answers.places[0]))
+        errors = _standard_errors(answers, answers.logits[rows], there)
+        found = errors.topk(min(NAMED, len(classes)), dim=1)
+        named = torch.where(found.values > least[there.sum(0)][:, None], found.indices, -1)
+        shown[start : start + step, : named.shape[1]] = named
     return shown
+
+
+def _standard_errors(answers: Answers, logits: Tensor, there: Tensor) -> Tensor:
+    """float32 [F, K]: how far each class's mean over an end's images is above that over all. logits [n, F, K];
+    there bool [n, F]: which of them are images."""
+    images = there.sum(0)
+    mean = (logits.float() * there[..., None]).sum(0) / images.clamp(min=1)[:, None]
+    std = answers.std.float()
+    return torch.where(std > 0, (mean - answers.mean.float()) / std, 0) * images.sqrt()[:, None]
+
+
+def _by_chance(answers: Answers, most: int) -> Tensor:
+    """float32 [most - 2]: what the largest class of an end of 3, 4, … random images reaches once in a hundred."""
+    g = torch.Generator().manual_seed(0)
+    images = len(answers.sample)
+    sets = torch.rand(_DRAWS, images, generator=g).argsort(1)[:, :most].T  # [most, draws], without one twice
+    reached = []
+    for count in range(_FEWEST, most + 1):
+        own = sets[: min(count, images)]
+        part = _AT_ONCE // max(1, own.shape[0] * answers.sample.shape[1])
+        largest = [
+            _standard_errors(answers, answers.sample[some], torch.ones_like(some, dtype=torch.bool)).amax(1)
+            for some in own.split(max(1, part), dim=1)
+        ]
+        reached.append(torch.cat(largest).quantile(1 - _BY_CHANCE))
+    return torch.stack(reached)
 
 
 def label_texts(positive: Tensor, negative: Tensor, classes: Sequence[str]) -> list[str]:

@@ -10,13 +10,14 @@ import pyarrow as pa
 import torch
 
 from elude_runtime.checkpoint.exemplars import DUPLICATE, INPUT, NEGATIVE, POSITIVE
+from elude_runtime.network.tokens import LETTERS, POSITION
 from elude_runtime.offline.catalogue.answers import Answers
 from elude_runtime.offline.catalogue.automatic_labels import label_texts, shown_classes
 from elude_runtime.offline.catalogue.effects import LISTED, ClassEffects
 from elude_runtime.offline.catalogue.image_pass import ImagePass
 from elude_runtime.offline.catalogue.layer_pass import TOP, LayerPass, TypePass
 from elude_runtime.offline.catalogue.links import Links, feature_links
-from elude_runtime.offline.catalogue.selection import block_roles, input_roles
+from elude_runtime.offline.catalogue.selection import block_roles, input_roles, neuron_roles
 from elude_runtime.offline.catalogue.tables import LINKS_SCHEMA, RoleColumns, texts
 from elude_runtime.offline.feature_table import class_effects, with_columns
 
@@ -45,8 +46,8 @@ class TypeFindings:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """All of a catalogue. groups: every exemplar, features in the table's order within a layer and token type, and then
-    the layer's inputs."""
+    """All of a catalogue. groups: every exemplar, features in the table's order within a layer and token type and its
+    neurons, and then the layer's inputs."""
 
     types: list[TypeFindings]
     groups: list[Group]
@@ -61,6 +62,7 @@ class Findings:
             for one, effect in zip(layer.types, effects[name], strict=True):
                 types.append(_type_findings(layer, one, passed.answers, classes, effect))
                 groups += types[-1].groups
+                groups += _neuron_groups(name, one)
             groups.append(_input_group(layer))
         return cls(types, groups)
 
@@ -84,6 +86,16 @@ def _type_findings(
         readout = torch.cat([b.readout for b in one.blocks])
         links = feature_links(readout, one.moments.covariance(), channels, concepts)
     return TypeFindings(groups, one.own.rows, labels, links, effects, names, channels)
+
+
+def _neuron_groups(layer: str, one: TypePass) -> Iterator[Group]:
+    """The exemplars of the neurons themselves, which a feature's stand beside: `LAYER/y17`, on prefix tokens
+    `LAYER/y17c`."""
+    letter, start = "" if one.own.token_type == POSITION else LETTERS[one.own.token_type], 0
+    for ends in one.neurons:
+        numbers = range(start, start + len(ends.readout))
+        yield Group([f"{layer}/y{number}{letter}" for number in numbers], neuron_roles(ends))
+        start += len(ends.readout)
 
 
 def _input_group(layer: LayerPass) -> Group:

@@ -69,7 +69,7 @@ class ImagePass:
             recording = record_layers(model.base, images, modules)
             logits = recording.logits if model.manifest.output == "logits" else None
             self._check_finite(batch, source, recording.x | ({} if logits is None else {"the output": logits}))
-            self.answers.add(batch.places, batch.hashes, logits)
+            self.answers.add(batch.places, batch.hashes, logits, self.draws.of(batch.places, 1)[0])
             for name, one in self.layers.items():
                 one.add(batch.places, recording.x[name].float(), self.draws)
         if self.answers.crowded:

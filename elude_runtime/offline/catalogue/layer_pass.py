@@ -1,4 +1,4 @@
-"""What one pass over the images keeps of a layer: the best images of each feature and input, and moments of the inputs.
+"""What one pass over images keeps of a layer: the best images of features, neurons and inputs, and moments of inputs.
 
 All activations of a feature are one linear map of what a token reads, so a stretch of features costs one product a
 batch; what is kept is arrays over features, whatever the number of images.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elude_runtime.analysis.activations import Peaks
 from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.network.tokens import POSITION
@@ -19,7 +20,7 @@ from elude_runtime.offline.catalogue.best_images import BestImages, DrawnImages,
 from elude_runtime.offline.catalogue.draws import Draws
 from elude_runtime.offline.catalogue.moments import Moments
 from elude_runtime.offline.collect import State, token_inputs
-from elude_runtime.partition.sums import concept_readout, subunit_weight
+from elude_runtime.partition.sums import concept_readout, full_width, neuron_groups, subunit_weight
 
 TOP = 9
 CANDIDATES = 21  # of an end: the top set, and what near misses are taken from
@@ -27,7 +28,6 @@ RANDOM = 4
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # calibration quantiles
 _READOUT_FLOATS = 16_000_000  # of a block
 _VALUE_FLOATS = 8_000_000  # activations worked on at once
-_ROLES = ("positive", "negative", "quantile", "random")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,53 +43,68 @@ class TypeFeatures:
     dead: int
 
 
-class Block:
-    """A stretch of features of one token type: their read-out, and the best images of each.
+class Ends:
+    """A stretch of linear read-outs of one token type, and the best images at both ends of each.
 
-    readout float32 [F, C], offset [F]: the activations are readout @ reads + offset.
+    readout float32 [F, C], offset [F]: the activations are readout @ reads + offset; keep: images of each end.
     """
 
-    def __init__(self, readout: Tensor, offset: Tensor, levels: Tensor, tokens: int, heat: bool) -> None:
+    roles: tuple[str, ...] = ("positive", "negative")
+
+    def __init__(self, readout: Tensor, offset: Tensor, keep: int, tokens: int, heat: bool) -> None:
         self.readout, self.offset = readout, offset
-        features, heats = len(readout), TOP if heat else 0
-        self.positive = BestImages(features, CANDIDATES, heats, tokens)
-        self.negative = BestImages(features, CANDIDATES, heats, tokens)
-        self.quantile = NearestImages(levels)
-        self.random = DrawnImages(features, RANDOM)
+        self.positive, self.negative = (BestImages(len(readout), keep, TOP if heat else 0, tokens) for _ in range(2))
 
     def add(self, places: Tensor, reads: Tensor, draws: Draws, start: int) -> None:
         """reads [B, T_p, C] of the images at `places`; start: the first token's place on the axis T."""
         step = max(1, _VALUE_FLOATS // (len(self.readout) * reads.shape[1]))
         for own, part in zip(places.split(step), reads.split(step), strict=True):
-            self._add(own, part, draws.of(own, reads.shape[1]), start)
+            self._add(own, part, draws, start)
 
-    def _add(self, places: Tensor, reads: Tensor, draws: tuple[Tensor, Tensor], start: int) -> None:
-        raw = self.readout @ reads.transpose(1, 2)  # [B, F, T_p]
+    def _add(self, places: Tensor, reads: Tensor, draws: Draws, start: int) -> tuple[Tensor, Peaks, Peaks]:
+        """(products [B, F, T_p] without the offset, largest activations, smallest ones)."""
+        raw = self.readout @ reads.transpose(1, 2)
         high, low = raw.max(2), raw.min(2)
         # adding rounds in the same way everywhere, so the largest stays the largest
-        largest, smallest = (high.values + self.offset).cpu(), (low.values + self.offset).cpu()
-        highest, lowest = (high.indices + start).cpu(), (low.indices + start).cpu()
+        largest = Peaks((high.values + self.offset).cpu(), (high.indices + start).cpu())
+        smallest = Peaks((low.values + self.offset).cpu(), (low.indices + start).cpu())
 
         def values(images: Tensor, features: Tensor) -> Tensor:
             images, features = images.to(raw.device), features.to(raw.device)
             return (raw[images, features] + self.offset[features, None]).cpu()
 
-        self.positive.add(places, largest, highest, values)
-        self.negative.add(places, -smallest, lowest, values)
-        priority, token = draws
-        upper = largest >= -smallest
-        peaks, peak_tokens = torch.where(upper, largest, smallest), torch.where(upper, highest, lowest)
-        self.random.add(places, priority, peaks, peak_tokens)
-        images = torch.arange(len(places), device=raw.device)
-        drawn = (raw[images, :, token.to(raw.device)] + self.offset).cpu()
-        self.quantile.add(places, drawn, token + start)
+        self.positive.add(places, largest.values, largest.tokens, values)
+        self.negative.add(places, -smallest.values, smallest.tokens, values)
+        return raw, largest, smallest
 
     def state(self) -> State:
-        return {name: getattr(self, name).state() for name in _ROLES}
+        return {name: getattr(self, name).state() for name in self.roles}
 
     def restore(self, state: State) -> None:
         for name, kept in state.items():
             getattr(self, name).restore(kept)
+
+
+class Block(Ends):
+    """A stretch of features; beside their ends, images near their quantiles, and images drawn at random."""
+
+    roles = ("positive", "negative", "quantile", "random")
+
+    def __init__(self, readout: Tensor, offset: Tensor, levels: Tensor, tokens: int, heat: bool) -> None:
+        super().__init__(readout, offset, CANDIDATES, tokens, heat)
+        self.quantile = NearestImages(levels)
+        self.random = DrawnImages(len(readout), RANDOM)
+
+    def _add(self, places: Tensor, reads: Tensor, draws: Draws, start: int) -> tuple[Tensor, Peaks, Peaks]:
+        raw, largest, smallest = super()._add(places, reads, draws, start)
+        priority, token = draws.of(places, reads.shape[1])
+        upper = largest.values >= -smallest.values
+        peaks = torch.where(upper, largest.values, smallest.values)
+        self.random.add(places, priority, peaks, torch.where(upper, largest.tokens, smallest.tokens))
+        images = torch.arange(len(places), device=raw.device)
+        drawn = (raw[images, :, token.to(raw.device)] + self.offset).cpu()
+        self.quantile.add(places, drawn, token + start)
+        return raw, largest, smallest
 
 
 class TypePass:
@@ -103,19 +118,24 @@ class TypePass:
             Block(*readouts(state, own.features[part]), own.levels[part], tokens, heat)
             for part in _parts(state, len(own.features), tokens)
         ]
+        rows, means = neuron_readouts(state, own.token_type)
+        self.neurons = [
+            Ends(rows[part], means[part], TOP, tokens, heat) for part in _parts(state, len(rows), tokens)
+        ]  # fmt: skip
         columns = state.linear.groups * state.linear.inputs * state.linear.positions
         self.moments = Moments(columns, state.partition.mean.device)
 
     def add(self, places: Tensor, reads: Tensor, draws: Draws) -> None:
-        for block in self.blocks:
+        for block in (*self.blocks, *self.neurons):
             block.add(places, reads, draws, self.start)
         self.moments.add(reads)
 
     def state(self) -> State:
-        return {"blocks": [b.state() for b in self.blocks], "moments": self.moments.state()}
+        blocks = [b.state() for b in (*self.blocks, *self.neurons)]
+        return {"blocks": blocks, "moments": self.moments.state()}
 
     def restore(self, state: State) -> None:
-        for block, kept in zip(self.blocks, state["blocks"], strict=True):
+        for block, kept in zip((*self.blocks, *self.neurons), state["blocks"], strict=True):
             block.restore(kept)
         self.moments.restore(state["moments"])
 
@@ -152,8 +172,8 @@ class LayerPass:
         """Of all images that are kept, in any order, some of them `NOWHERE`."""
         yield self.inputs.places
         for one in self.types:
-            for block in one.blocks:
-                yield from (getattr(block, name).places for name in _ROLES)
+            for block in (*one.blocks, *one.neurons):
+                yield from (getattr(block, name).places for name in block.roles)
 
     def state(self) -> State:
         return {"types": [t.state() for t in self.types], "inputs": self.inputs.state()}
@@ -181,6 +201,14 @@ def readouts(state: SplitState, features: Sequence[Feature]) -> tuple[Tensor, Te
         rows.append(subunit_weight(linear.weight(), partition, token_type, neurons, own, linear.groups))
         offsets.append(-partition.mean[token_type, neurons, own])
     return torch.cat(rows).flatten(1).contiguous(), torch.cat(offsets)
+
+
+def neuron_readouts(state: SplitState, token_type: int) -> tuple[Tensor, Tensor]:
+    """(weights [d, C], offsets [d]) of the layer's neurons themselves, each around its calibration mean."""
+    linear = state.linear
+    weight = linear.weight()
+    rows = full_width(weight, neuron_groups(linear.neurons, linear.groups, weight.device), linear.groups)
+    return rows.flatten(1), -state.partition.mean[token_type].sum(-1)
 
 
 def _parts(state: SplitState, features: int, tokens: int) -> list[slice]:

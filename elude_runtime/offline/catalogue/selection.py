@@ -9,7 +9,7 @@ from elude_runtime.checkpoint.exemplars import NEAR_MISS, NEGATIVE, NEITHER, POS
 from elude_runtime.offline.catalogue.answers import Answers
 from elude_runtime.offline.catalogue.best_images import NOWHERE, BestImages
 from elude_runtime.offline.catalogue.layer_pass import TOP as TOP_IMAGES
-from elude_runtime.offline.catalogue.layer_pass import Block
+from elude_runtime.offline.catalogue.layer_pass import Block, Ends
 from elude_runtime.offline.catalogue.tables import RoleColumns
 
 NEAR_MISSES = 4
@@ -29,6 +29,11 @@ def block_roles(block: Block, answers: Answers, shown: dict[str, Tensor]) -> lis
     parts.append(_columns(QUANTILE, NEITHER, nearest.places, nearest.tokens, nearest.activations))
     parts.append(_columns(RANDOM, NEITHER, places, drawn.tokens, drawn.activations))
     return parts
+
+
+def neuron_roles(ends: Ends) -> list[RoleColumns]:
+    """The exemplars of neurons: the images at their two ends."""
+    return [_top(POSITIVE, ends.positive, 1.0), _top(NEGATIVE, ends.negative, -1.0)]
 
 
 def input_roles(best: BestImages) -> list[RoleColumns]:

@@ -88,6 +88,11 @@ def unit_groups(tokens: CalibrationTokens, groups: int, sample: Tensor, seed: in
     def ablation(inputs: Tensor, features: Tensor) -> Tensor:
         return ((inputs - mean) * member[features].sum(0)) @ weight.T
 
+    def attribution(inputs: Tensor, gradient: Tensor) -> Tensor:
+        return member @ ((inputs - mean) * (gradient @ weight)).sum(0)
+
     share = member @ hidden_units(tokens).share
     facts = {"dead": int((~activity.live).sum()), "sizes": member.sum(1).int().tolist()}
-    return FeatureSet("groups of hidden units", activations, share, True, None, ablation, facts=facts)
+    return FeatureSet(
+        "groups of hidden units", activations, share, True, None, ablation, attribution=attribution, facts=facts
+    )

@@ -148,7 +148,7 @@ def written_set(
 
     share = (activity.with_output * directions).sum(1) / (tokens.variance or 1)
     facts = {"dead": int((~activity.live).sum()), **facts}
-    return FeatureSet(name, activations, share.float(), lossless, write, ablation, reconstruct, facts)
+    return FeatureSet(name, activations, share.float(), lossless, write, ablation, reconstruct, facts=facts)
 
 
 def read_set(tokens: CalibrationTokens, name: str, raw: Activations, **facts: Any) -> FeatureSet:
@@ -170,6 +170,11 @@ def read_set(tokens: CalibrationTokens, name: str, raw: Activations, **facts: An
         write = torch.linalg.pinv(among[features][:, features], rtol=_DEPENDENT, hermitian=True) @ with_output[features]
         return (activations(inputs)[:, features] - mean[features]) @ write.float()
 
+    alone = (torch.where(activity.live, among.diagonal(), torch.inf).reciprocal()[:, None] * with_output).float()
+
+    def attribution(inputs: Tensor, gradient: Tensor) -> Tensor:
+        return ((activations(inputs) - mean) * (gradient @ alone.T)).sum(0)
+
     share = with_output.square().sum(1) / (tokens.variance or 1)
     facts = {"dead": int((~activity.live).sum()), **facts}
-    return FeatureSet(name, activations, share.float(), False, None, ablation, facts=facts)
+    return FeatureSet(name, activations, share.float(), False, None, ablation, attribution=attribution, facts=facts)

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from elude_runtime.offline.evaluation.metrics import centred_units
 
-_FLOATS = 8_000_000  # embeddings worked on at once: 32 MB
-
 
 class Embeddings:
     """Filled batch by batch, then read. folder: where places are kept."""
@@ -65,18 +63,13 @@ class TokenVectors:
         weight = spread.flatten(2)[0].T.contiguous()  # [T, cells]
         kept = int((weight != 0).sum(1).max())
         self._weight, self._cells = weight.topk(kept, dim=1)
-        self._places, self._mean = torch.from_numpy(places), mean
-        self.tokens = len(weight)
+        self._places, self._mean = torch.from_numpy(places).flatten(0, 1), weight @ mean
+        self._per_image, self.tokens = cells, len(weight)
 
     def __call__(self, images: Tensor, tokens: Tensor) -> Tensor:
         """int64 [...], int64 [...] -> float32 [..., D]."""
-        flat_images, flat_tokens = images.flatten(), tokens.flatten()
-        out = torch.empty(len(flat_images), self._mean.shape[1])
-        step = max(1, _FLOATS // (self._mean.shape[1] * self._weight.shape[1]))
-        for start in range(0, len(out), step):
-            image, token = flat_images[start : start + step], flat_tokens[start : start + step]
-            found = out[start : start + step].zero_()
-            for column in range(self._weight.shape[1]):
-                cell = self._cells[token, column]
-                found.addcmul_(self._weight[token, column, None], self._places[image, cell] - self._mean[cell])
-        return F.normalize(out, dim=-1).view(*images.shape, -1)
+        token = tokens.flatten()
+        rows = images.flatten()[:, None] * self._per_image + self._cells[token]
+        found = F.embedding_bag(rows, self._places, mode="sum", per_sample_weights=self._weight[token])
+        found -= self._mean[token]
+        return F.normalize(found, dim=-1, out=found).view(*images.shape, -1)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from elude_runtime.checkpoint.storage import storage_error, write_json
+from elude_runtime.offline.evaluation.files import FILE, FOLDER
 from elude_runtime.offline.evaluation.plots import draw
 from elude_runtime.offline.evaluation.result import LayerResult
 from elude_runtime.offline.evaluation.statement import statement
-
-FILE, FOLDER = "evaluation.json", "evaluation"
 
 
 @dataclass(eq=False)

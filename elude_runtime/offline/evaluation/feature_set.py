@@ -21,6 +21,8 @@ class FeatureSet:
     readouts) writes to the layer's output y, where it has one constant direction.
     `ablation`: (inputs, feature numbers) -> [S, d], what ablating these features takes from y, for features that have
     parts of y of their own.
+    `attribution`: (inputs, gradient [S, d]) -> [F], gradient x what ablating each feature alone takes from y, summed
+    over tokens, for features with an `ablation` and no `write`: all at once, since one by one it is slow.
     `reconstruct`: inputs -> [S, d], the layer's output without its bias as all features (with a named remainder) give
     it back, for sets that give back the whole of it.
     `lossless`: the features (with a named remainder) add up to y exactly.
@@ -34,4 +36,5 @@ class FeatureSet:
     write: Tensor | None = None
     ablation: Callable[[Tensor, Tensor], Tensor] | None = None
     reconstruct: Callable[[Tensor], Tensor] | None = None
+    attribution: Callable[[Tensor, Tensor], Tensor] | None = None
     facts: dict[str, Any] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from elude_runtime.offline.evaluation.images import spread_places
 from elude_runtime.offline.evaluation.interventions import Effects, measure_effects
 from elude_runtime.offline.evaluation.options import EvaluateOptions
 from elude_runtime.offline.evaluation.own_sets import CONCEPTS, RANDOM_CONCEPTS, random_state
+from elude_runtime.offline.evaluation.phases import Phases
 from elude_runtime.offline.evaluation.tokens import TokenReader
 from elude_runtime.offline.images import ImageSource, Progress
 
@@ -33,7 +34,8 @@ class LayerEffects:
 
 def layer_effects(
     model: EludeModel, reader: TokenReader, sets: Sequence[FeatureSet], means: Sequence[Tensor], inputs: Tensor,
-    scoring: ImageSource, places: Tensor, groups: Sequence[GroupImages], options: EvaluateOptions, report: Progress,
+    scoring: ImageSource, places: Tensor, groups: Sequence[GroupImages], options: EvaluateOptions, phases: Phases,
+    report: Progress,
 ) -> LayerEffects:  # fmt: skip
     """On some scoring images, spread over all of them, and on those of the class groups.
 
@@ -46,12 +48,13 @@ def layer_effects(
     wanted = [(one, mean) for one, mean in zip(sets, means, strict=True) if _intervened(one)]
     chosen, averages = [one for one, _ in wanted], [mean for _, mean in wanted]
     source = scoring.at(spread_places(places, options.effect_images))
-    random = random_state(state, reader.token_type, inputs, options.seed)
-    return LayerEffects(
-        measure_effects(model, reader, chosen, averages, source, report),
-        measure_agreement(model, state.name, reader.token_type, random, source, options.seed, report),
-        steer_groups(model, reader, chosen, averages, groups, scoring, report),
-    )
+    with phases("effects"):
+        taken_out = measure_effects(model, reader, chosen, averages, source, report)
+        random = random_state(state, reader.token_type, inputs, options.seed)
+        agreement = measure_agreement(model, state.name, reader.token_type, random, source, options.seed, report)
+    with phases("class groups"):
+        steering = steer_groups(model, reader, chosen, averages, groups, scoring, report)
+    return LayerEffects(taken_out, agreement, steering)
 
 
 def _intervened(one: FeatureSet) -> bool:

@@ -13,6 +13,7 @@ from elude_runtime.offline.evaluation.baselines import baseline_sets
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
 from elude_runtime.offline.evaluation.options import EvaluateOptions
 from elude_runtime.offline.evaluation.own_sets import CONCEPTS, SUBUNITS, Split, own_sets, own_split
+from elude_runtime.offline.evaluation.phases import Phases
 from elude_runtime.offline.evaluation.tokens import TokenSample
 from elude_runtime.offline.images import Progress
 from elude_runtime.partition.sums import full_width, neuron_groups
@@ -28,14 +29,17 @@ def scored_neurons(state: SplitState, options: EvaluateOptions) -> Tensor:
 
 def layer_sets(
     model: EludeModel, state: SplitState, token_type: int, sample: TokenSample, logits: Tensor,
-    options: EvaluateOptions, report: Progress,
+    options: EvaluateOptions, phases: Phases, report: Progress,
 ) -> tuple[list[FeatureSet], dict[str, float]]:  # fmt: skip
     """The sets that have any feature, and what of the output's variance no concept and no sub-unit carries. logits
     [N, C]: of the calibration images."""
     inputs = sample.inputs()
-    split = own_split(state, token_type, inputs)
-    made = own_sets(split, scored_neurons(state, options), inputs, options.seed)
-    made += _baselines(model, state, split, inputs, _of_tokens(logits, sample.each, len(inputs)), options, report)
+    with phases("own features"):
+        split = own_split(state, token_type, inputs)
+        made = own_sets(split, scored_neurons(state, options), inputs, options.seed)
+    for one in _baselines(model, state, split, inputs, _of_tokens(logits, sample.each, len(inputs)), options, report):
+        phases.add(f"baseline {one.facts['baseline']}", one.facts["seconds"])
+        made.append(one)
     return [one for one in made if len(one.share)], {CONCEPTS: split.rest_share, SUBUNITS: split.rest_edges_share}
 
 

@@ -69,7 +69,7 @@ def mean_pairwise_cosine(vectors: Tensor) -> Tensor:
 
 
 def subset_cosines(cosines: Tensor, chosen: Tensor) -> Tensor:
-    """The mean pairwise cosine of subsets: cosines [F, k, k], chosen bool [F, k, R] -> [F, R]; NaN below two."""
+    """The mean pairwise cosine of subsets: cosines [F, k, k], chosen 0 or 1 [F, k, R] -> [F, R]; NaN below two."""
     mask = chosen.to(cosines.dtype)
     count = mask.sum(1)
     own = (cosines.diagonal(dim1=1, dim2=2)[..., None] * mask).sum(1)

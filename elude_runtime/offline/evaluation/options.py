@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ class EvaluateOptions:
 
 def run_facts(
     directory: Path, model: EludeModel, split: ImageSplit, encoders: Sequence[Encoder], options: EvaluateOptions,
-    seconds: float,
+    seconds: Mapping[str, float],
 ) -> dict[str, Any]:  # fmt: skip
-    """Version, environment, checkpoint, images, encoders and settings."""
+    """Version, seconds of each phase, environment, checkpoint, images, encoders and settings."""
     manifest, baselines = model.manifest, options.baselines
     return {
         "elude_version": elude_runtime.__version__,
-        "seconds": round(seconds, 1),
+        "seconds": dict(seconds),
         "environment": {**environment(), "timm": timm.__version__},
         "checkpoint": {
             "path": str(directory),

@@ -121,11 +121,18 @@ def concept_set(split: Split, name: str, **facts: Any) -> FeatureSet:
         masked = split.weight * torch.isin(edges, features)[..., None].to(split.weight.dtype)
         return inputs @ full_width(masked, groups, split.groups).flatten(1).T - mean
 
+    def attribution(inputs: Tensor, gradient: Tensor) -> Tensor:
+        by_edge = (gradient.T @ inputs).unflatten(1, (split.groups, *split.weight.shape[1:]))  # [d, G, n, q]
+        by_edge = (by_edge[torch.arange(len(groups)), groups] * split.weight).sum(-1)
+        means = gradient.sum(0)[:, None] * partition.mean[0]
+        total = torch.zeros(number + 1).index_add_(0, edges.flatten(), by_edge.flatten())
+        return total.index_add_(0, slots.flatten(), -means.flatten())[:-1]
+
     share = torch.zeros(number + 1).index_add_(0, slots.flatten(), split.share.flatten())[:-1]
     sizes = torch.bincount(slots.flatten(), minlength=number + 1)[:-1]
     facts = {"rest_share": split.rest_share, "members_median": float(sizes.float().median()), **facts}
     whole = partial(_put_together, split, by_concept=True)
-    return FeatureSet(name, lambda x: x @ rows.T + shift, share, True, None, ablation, whole, facts)
+    return FeatureSet(name, lambda x: x @ rows.T + shift, share, True, None, ablation, whole, attribution, facts)
 
 
 def subunit_set(split: Split, name: str, neurons: Tensor, **facts: Any) -> FeatureSet:
@@ -148,7 +155,7 @@ def subunit_set(split: Split, name: str, neurons: Tensor, **facts: Any) -> Featu
     facts = {"rest_share": split.rest_edges_share, "neurons": len(neurons), NEURON_OF: own.tolist(), **facts}
     share = split.share[own, slot]
     whole = partial(_put_together, split, by_concept=False)
-    return FeatureSet(name, activations, share, True, write, ablation, whole, facts)
+    return FeatureSet(name, activations, share, True, write, ablation, whole, facts=facts)
 
 
 def _put_together(split: Split, inputs: Tensor, by_concept: bool) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from elude_runtime.errors import EludeError
 from elude_runtime.offline.evaluation.estimates import Estimate
+from elude_runtime.offline.evaluation.files import plot_stem
 from elude_runtime.offline.evaluation.interventions import FRACTIONS
 from elude_runtime.offline.evaluation.own_sets import CONCEPTS, CONCEPTS_RANDOM_WEIGHTS, OWN, RANDOM_CONCEPTS, SUBUNITS
 from elude_runtime.offline.evaluation.scores import IMG, TOK, SetScores
@@ -62,7 +62,7 @@ def draw(layers: Sequence[LayerResult], folder: Path) -> list[Path]:
     files = []
     with matplotlib.rc_context(_STYLE):
         for result in layers:
-            stem = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{result.layer}.{result.tokens}")
+            stem = plot_stem(result.layer, result.tokens)
             for name, make in _plots(result):
                 figure = Figure(layout="constrained")
                 make(figure, result)

@@ -77,12 +77,11 @@ def _measure_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def random_network(
-    model: EludeModel, layers: Sequence[str], source: ImageSource, places: Tensor, folder: Path, seed: int,
-    report: Progress,
-) -> EludeModel:  # fmt: skip
+    model: EludeModel, layers: Sequence[str], source: ImageSource, folder: Path, seed: int, report: Progress
+) -> EludeModel:
     """The evaluated model's architecture with random weights, rewritten by the checkpoint's own method from the
-    calibration images at these places. EludeError where such a network cannot be rewritten (its output overflows)."""
-    images = CalibrationImages(source, places)
+    calibration images. EludeError where such a network cannot be rewritten (its output overflows)."""
+    images = CalibrationImages(source)
     base = with_random_weights(model.base, images, seed)
     return rewritten(model, base, layers, images, folder / "random", "random weights", report)
 

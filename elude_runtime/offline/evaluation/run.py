@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +36,7 @@ from elude_runtime.offline.evaluation.known_properties import choosing_half, kno
 from elude_runtime.offline.evaluation.layer_effects import layer_effects
 from elude_runtime.offline.evaluation.layer_sets import layer_sets, scored_neurons
 from elude_runtime.offline.evaluation.options import EvaluateOptions, run_facts
+from elude_runtime.offline.evaluation.phases import Phases
 from elude_runtime.offline.evaluation.random_network import random_network, random_scores
 from elude_runtime.offline.evaluation.result import LayerResult
 from elude_runtime.offline.evaluation.scores import Judge, SetScores
@@ -74,7 +74,7 @@ def evaluate(
     EncoderError for an encoder that is the evaluated model, ImagesError when fewer than 50 images can be scored,
     CheckpointError, LayerError or SettingsError for what was asked.
     """
-    start, report = time.perf_counter(), progress or (lambda *_: None)
+    phases, report = Phases(), progress or (lambda *_: None)
     options = options or EvaluateOptions()
     directory = Path(checkpoint)
     model = load(directory, device, trust_factory=trust_factory)
@@ -90,11 +90,13 @@ def evaluate(
     )
     assert given is not None
     asked = _asked_groups(model, groups, options) if groups else []
-    split = split_images(given, own, calibration_hashes(directory), options.seed, report)
+    with phases("content of the images"):
+        split = split_images(given, own, calibration_hashes(directory), options.seed, report)
     with tempfile.TemporaryDirectory() as folder:
-        split, places, embeddings = _embed(model, split, judges, Path(folder), report)
+        with phases("encoders"):
+            split, places, embeddings = _embed(model, split, judges, Path(folder), report)
         halves = image_halves(len(places), options.draws, options.seed)
-        run = _Run(model, split, places, embeddings, options, halves, report)
+        run = _Run(model, split, places, embeddings, options, halves, phases, report)
         run.truth = known_truth(split.scoring, places, truth or {}, run.choosing)
         run.choose_images(asked)
         if options.stability:
@@ -103,7 +105,7 @@ def evaluate(
             run.rewrite_random(names, Path(folder))
         found = [result for name in names for result in run.layer(name)]
     return Evaluation(
-        run_facts(directory, model, split, judges, options, time.perf_counter() - start), found, options.draws,
+        run_facts(directory, model, split, judges, options, phases.document()), found, options.draws,
         options.seed, run.warnings,
     )  # fmt: skip
 
@@ -145,10 +147,10 @@ class _Run:
 
     def __init__(
         self, model: EludeModel, split: ImageSplit, places: Tensor, embeddings: list[Embeddings],
-        options: EvaluateOptions, halves: Tensor, report: Progress,
+        options: EvaluateOptions, halves: Tensor, phases: Phases, report: Progress,
     ) -> None:  # fmt: skip
         self.model, self.split, self.places, self.embeddings = model, split, places, embeddings
-        self.options, self.halves, self.report = options, halves, report
+        self.options, self.halves, self.phases, self.report = options, halves, phases, report
         self.warnings: list[str] = []
         self.choosing = choosing_half(len(places), options.seed)
         self.truth: dict[str, Tensor] = {}
@@ -159,44 +161,46 @@ class _Run:
     def choose_images(self, asked: Sequence[ClassGroup]) -> None:
         """Of every class group, those images that the model puts there."""
         if asked:
-            places, tops = top_classes(self.model, self.split.scoring, self.report)
+            with self.phases("class groups"):
+                places, tops = top_classes(self.model, self.split.scoring, self.report)
             count, seed = self.options.effect_images, self.options.seed
             self.groups, short = group_images(asked, tops, places, count, seed)
             self.warnings += short
 
     def rewrite_halves(self, layers: Sequence[str], folder: Path) -> None:
         """The base model rewritten from two halves of the calibration images."""
-        source = self.split.calibration
-        self.rewritten = rewritten_halves(self.model, layers, source, self._calibration, folder, self.report)
+        with self.phases("stability"):
+            self.rewritten = rewritten_halves(self.model, layers, self.split.calibration, folder, self.report)
 
     def rewrite_random(self, layers: Sequence[str], folder: Path) -> None:
         """The same architecture with random weights rewritten, where that is possible."""
         source, seed = self.split.calibration, self.options.seed
         try:
-            self.random = random_network(self.model, layers, source, self._calibration, folder, seed, self.report)
+            with self.phases("random network"):
+                self.random = random_network(self.model, layers, source, folder, seed, self.report)
         except EludeError as error:
             self.warnings.append(f"The control with random weights is left out: {error}")
-
-    @cached_property
-    def _calibration(self) -> Tensor:
-        """int64: places of the calibration images that can be read."""
-        return torch.cat([batch.places for batch in self.split.calibration.numbered()])
 
     def layer(self, name: str) -> list[LayerResult]:
         """Every live token type of one layer: one pass over the calibration images, one over the scoring ones."""
         state = self.model.state(name)
-        samples, logits = self._calibrate(state)
+        with self.phases("activations"):
+            samples, logits = self._calibrate(state)
         sets = {
-            t: layer_sets(self.model, state, t, sample, logits, self.options, self.report)
+            t: layer_sets(self.model, state, t, sample, logits, self.options, self.phases, self.report)
             for t, sample in samples.items()
         }
         count = len(self.places)
         scorings = {t: Scoring(TokenReader(state, t), made, count, self.options.seed) for t, (made, _) in sets.items()}
-        for _, x in layer_batches(self.model, name, self.split.scoring, self.report, f"scoring {name}"):
-            for scoring in scorings.values():
-                scoring.add(x)
+        with self.phases("activations"):
+            for _, x in layer_batches(self.model, name, self.split.scoring, self.report, f"scoring {name}"):
+                for scoring in scorings.values():
+                    scoring.add(x)
         grids = {t: state.layout.grid if t == 0 else None for t in sets}
-        judging = {t: [Judge.of(one, grid, self.options.seed) for one in self.embeddings] for t, grid in grids.items()}
+        with self.phases("scores"):
+            judging = {
+                t: [Judge.of(one, grid, self.options.seed) for one in self.embeddings] for t, grid in grids.items()
+            }
         beside = self._beside(name, judging)
         found = []
         for t, (made, rest) in sets.items():
@@ -204,26 +208,30 @@ class _Run:
             if len(inputs) < 1000:
                 few = f"{name} has {len(inputs)} calibration tokens of type {TYPE_NAMES[t]} here"
                 self.warnings.append(f"{few}; baselines trained on so few say little, give more images.")
-            aucs = [property_auc(peaks, self.truth, self.choosing) for peaks in scoring.peaks]
-            done = partial(self.report, f"scores {name} {TYPE_NAMES[t]}", 1, len(made))
-            scores, means = scoring.scores(inputs, judges, self.halves, aucs, done)
-            for one, kept in zip(scores, self._fidelity(state, t, made), strict=True):
-                one.top1_kept = kept
+            with self.phases("scores"):
+                aucs = [property_auc(peaks, self.truth, self.choosing) for peaks in scoring.peaks]
+                done = partial(self.report, f"scores {name} {TYPE_NAMES[t]}", 1, len(made))
+                scores, means = scoring.scores(inputs, judges, self.halves, aucs, done)
+            with self.phases("fidelity"):
+                for one, kept in zip(scores, self._fidelity(state, t, made), strict=True):
+                    one.top1_kept = kept
             scores += beside.get(t, [])
             effects = layer_effects(
                 self.model, TokenReader(state, t), made, means, inputs, self.split.scoring, self.places, self.groups,
-                self.options, self.report,
+                self.options, self.phases, self.report,
             )  # fmt: skip
             properties = None
             if self.truth:
-                properties = known_properties(
-                    made, scoring.peaks, aucs, self.truth, self.choosing, self.options.draws, self.options.seed
-                )
+                with self.phases("known properties"):
+                    properties = known_properties(
+                        made, scoring.peaks, aucs, self.truth, self.choosing, self.options.draws, self.options.seed
+                    )
             stability = {}
             if self.rewritten:
                 neurons = scored_neurons(state, self.options)
                 tokens = scoring.held_out()
-                stability = compare_halves(self.rewritten, name, t, inputs, tokens, neurons, self.options.seed)
+                with self.phases("stability"):
+                    stability = compare_halves(self.rewritten, name, t, inputs, tokens, neurons, self.options.seed)
             found.append(
                 LayerResult(
                     name, t, len(inputs), rest, judges, scores, effects.taken_out, stability, effects.agreement,
@@ -262,10 +270,11 @@ class _Run:
         if self.random is None:
             return {}
         neurons = scored_neurons(self.model.state(layer), self.options)
-        return random_scores(
-            self.random, layer, self.split, judges, neurons, self.halves, self.options,
-            self.truth, self.choosing, self.report,
-        )  # fmt: skip
+        with self.phases("random network"):
+            return random_scores(
+                self.random, layer, self.split, judges, neurons, self.halves, self.options,
+                self.truth, self.choosing, self.report,
+            )  # fmt: skip
 
     def _fidelity(self, state: SplitState, token_type: int, sets: Sequence[FeatureSet]) -> list[TopKept | None]:
         """What is left of the top class with reconstructions in place, on scoring images spread over all of them."""

@@ -25,6 +25,7 @@ _WARM_UP = 0.05  # part of the steps in which the learning rate rises; then it f
 _CURVE_POINTS = 10
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 4000  # part of the tokens that FVU is measured on, and their number at most
 _CHUNK_FLOATS = 8_000_000
+_SAMPLED = 16  # one of so many
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def train(
     held = order[: min(_MOST_HELD_OUT, int(_HELD_OUT * len(order)))]
     rows = order[len(held) :]
     held = held if len(held) else rows  # one token or a few: better measured on what it was trained on than not at all
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.no_grad():
         training = _Training(inputs, outputs, config, encoder, generator)
         batch = min(config.batch, max(16, len(rows) // 10))
         every = max(1, config.steps // _CURVE_POINTS)
@@ -196,9 +197,8 @@ class _Training:
         self.output = self.input if outputs is inputs else Scale.of(outputs)
         decoder = _unit(torch.randn(config.latents, outputs.shape[1], generator=generator))
         start = decoder if encoder is None else _unit(decoder @ encoder)
-        self.encoder, self.decoder = start.clone().requires_grad_(), decoder.requires_grad_()
-        self.encoder_bias = torch.zeros(config.latents, requires_grad=True)
-        self.bias = torch.zeros(outputs.shape[1], requires_grad=True)
+        self.encoder, self.decoder = start.clone(), decoder
+        self.encoder_bias, self.bias = torch.zeros(config.latents), torch.zeros(outputs.shape[1])
         # Adam changes every coordinate by about the learning rate, so a row of n coordinates by sqrt(n) times that
         self.rates = [config.rate / rows.shape[1] ** 0.5 for rows in (self.encoder, self.decoder)]
         groups = [{"params": [self.encoder, self.encoder_bias]}, {"params": [self.decoder, self.bias]}]
@@ -207,48 +207,82 @@ class _Training:
 
     def step(self, rows: Tensor, number: int) -> None:
         """One step of Adam on the tokens `rows` [B]."""
-        pre, target = self._encode(rows), self.output.apply(self.outputs[rows])
-        tokens, latents, values = self._select(pre)
-        error = target - self._decode(tokens, latents, values, len(rows))
-        loss = error.square().mean()
-        self.idle += 1
-        self.idle[latents[values.detach() > 0]] = 0
+        inputs, target = self._tokens(rows)
+        pre = self._encode(inputs)
+        error = self._gradients(inputs, target, *self._select(pre))
         dead = (self.idle >= self.config.dead_steps).nonzero()[:, 0]
         if self.config.auxiliary and len(dead):
-            loss = loss + _AUXILIARY * self._auxiliary(pre, error.detach(), dead)
-        self.optimiser.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            # what only changes a row's length is undone below, and would stay in Adam's moments
-            grad = self.decoder.grad
-            assert grad is not None
-            grad -= (grad * self.decoder).sum(1, keepdim=True) * self.decoder
-            for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
-                group["lr"] = rate * _schedule(number, self.config.steps)
-            self.optimiser.step()
-            self.decoder.copy_(_unit(self.decoder))
+            self._add_auxiliary(inputs, pre, error, dead)
+        grad = self.decoder.grad
+        assert grad is not None
+        # what only changes a row's length is undone below, and would stay in Adam's moments
+        grad.addcmul_((grad * self.decoder).sum(1, keepdim=True), self.decoder, value=-1)
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * _schedule(number, self.config.steps)
+        self.optimiser.step()
+        self.decoder.copy_(_unit(self.decoder))
 
     def fvu(self, rows: Tensor) -> float:
         """FVU of the tokens `rows` with the parameters of now; BatchTopK takes them as one batch."""
-        with torch.no_grad():
-            tokens, latents, values = self._select(self._encode(rows))
-            estimate = self._decode(tokens, latents, values, len(rows))
-            return unexplained(self.output.apply(self.outputs[rows]), estimate)
+        inputs, target = self._tokens(rows)
+        return unexplained(target, self._decode(*self._select(self._encode(inputs)), len(rows)))
 
     def finish(self, rows: Tensor) -> SparseCoder:
         """The coder, and BatchTopK's threshold: the smallest activation that is kept of the tokens `rows` as one batch
         (the paper takes the mean of that over batches)."""
-        encoder, encoder_bias = self.encoder.detach(), self.encoder_bias.detach()
-        decoder, bias = self.decoder.detach(), self.bias.detach()
-        coder = SparseCoder(encoder, encoder_bias, decoder, bias, self.input, self.output, self.config.active)
+        coder = SparseCoder(
+            self.encoder, self.encoder_bias, self.decoder, self.bias, self.input, self.output, self.config.active
+        )
         if self.config.kind == "TopK":
             return coder
-        with torch.no_grad():
-            kept = self._select(self._encode(rows))[2]
+        kept = self._select(self._encode(self._tokens(rows)[0]))[2]
         return replace(coder, threshold=float(kept.min()) if len(kept) else 0.0)
 
-    def _encode(self, rows: Tensor) -> Tensor:
-        return linear(self.input.apply(self.inputs[rows]), self.encoder, self.encoder_bias).relu()
+    def _gradients(self, inputs: Tensor, target: Tensor, tokens: Tensor, latents: Tensor, values: Tensor) -> Tensor:
+        """Set the gradients of the mean squared error, and `idle`; returns the error [B, o]. Written out as sums over
+        the few latents that each token keeps: autograd would take the encoder's from a dense product."""
+        with torch.enable_grad():
+            estimate = self._decode(tokens, latents, values.requires_grad_(), len(inputs))
+        error = target - estimate.detach()
+        slope = error * (-2 / error.numel())  # of the loss in y^
+        (rise,) = torch.autograd.grad(estimate, values, slope)
+        values = values.detach()
+        rise *= values > 0
+        order = latents.argsort(stable=True)
+        offsets = torch.searchsorted(latents[order], torch.arange(self.config.latents))
+
+        def by_latent(weights: Tensor, vectors: Tensor) -> Tensor:
+            return embedding_bag(tokens[order], vectors, offsets, mode="sum", per_sample_weights=weights[order])
+
+        self.encoder.grad, self.decoder.grad = by_latent(rise, inputs), by_latent(values, slope)
+        self.encoder_bias.grad = torch.zeros_like(self.encoder_bias).index_add_(0, latents, rise)
+        self.bias.grad = slope.sum(0)
+        self.idle += 1
+        self.idle[latents[values > 0]] = 0
+        return error
+
+    def _add_auxiliary(self, inputs: Tensor, pre: Tensor, error: Tensor, dead: Tensor) -> None:
+        """Add the gradients of the auxiliary loss: how much of the error [B, o] the dead latents leave; of each token,
+        the o / 2 with the largest activation."""
+        values, places = pre[:, dead].topk(min(len(dead), max(1, error.shape[1] // 2)), dim=1, sorted=False)
+        codes, decoder = torch.zeros(len(pre), len(dead)).scatter_(1, places, values), self.decoder[dead]
+        missed = error - codes @ decoder
+        size = error.square().mean().clamp(min=torch.finfo(error.dtype).tiny)
+        slope = missed * (-2 * _AUXILIARY / missed.numel() / size)
+        rise = (slope @ decoder.T).mul_(codes > 0)
+        for parameter, more in (
+            (self.encoder, rise.T @ inputs), (self.encoder_bias, rise.sum(0)), (self.decoder, codes.T @ slope),
+        ):  # fmt: skip
+            assert parameter.grad is not None
+            parameter.grad.index_add_(0, dead, more)
+
+    def _tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What the coder is given of the tokens `rows`, and what it is to give back: [B, m] and [B, o] in its units."""
+        inputs = self.input.apply(self.inputs[rows])
+        return inputs, inputs if self.outputs is self.inputs else self.output.apply(self.outputs[rows])
+
+    def _encode(self, inputs: Tensor) -> Tensor:
+        return linear(inputs, self.encoder, self.encoder_bias).relu_()
 
     def _select(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Token, latent and value of the activations that are kept, ordered by token: k of every token [B k], or the
@@ -257,20 +291,24 @@ class _Training:
             values, latents = pre.topk(self.config.active, dim=1, sorted=False)
             return torch.arange(len(pre)).repeat_interleave(self.config.active), latents.flatten(), values.flatten()
         flat = pre.flatten()
-        kept = flat.detach().topk(self.config.active * len(pre), sorted=False).indices.sort().values
-        kept = kept[flat.detach()[kept] > 0]
+        kept = _largest(flat, self.config.active * len(pre))
+        kept = kept[flat[kept] > 0]
         return kept // pre.shape[1], kept % pre.shape[1], flat[kept]
 
     def _decode(self, tokens: Tensor, latents: Tensor, values: Tensor, count: int) -> Tensor:
         offsets = torch.searchsorted(tokens, torch.arange(count))
         return embedding_bag(latents, self.decoder, offsets, mode="sum", per_sample_weights=values) + self.bias
 
-    def _auxiliary(self, pre: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        """How much of the error [B, o] the dead latents leave: of each token, the o / 2 with the largest activation."""
-        values, places = pre[:, dead].topk(min(len(dead), max(1, error.shape[1] // 2)), dim=1, sorted=False)
-        codes = torch.zeros(len(pre), len(dead)).scatter(1, places, values)
-        missed = (error - codes @ self.decoder[dead]).square().mean()
-        return missed / error.square().mean().clamp(min=torch.finfo(error.dtype).tiny)
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """int64 [count], ascending: the places of the largest of values [n]. Sorting is slow, so only those that are not
+    below what a sample says are looked at; where it says too much, all."""
+    sample = values[::_SAMPLED]
+    floor = sample.topk(min(len(sample), 2 * count // _SAMPLED + 1), sorted=False).values.min()
+    near = (values >= floor).nonzero()[:, 0]
+    if len(near) < count:
+        near = torch.arange(len(values))
+    return near[values[near].topk(count, sorted=False).indices.sort().values]
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -45,6 +45,11 @@ class Judge:
             ceiling[TOK] = metrics.token_ceiling(tokens, len(vectors), tokens.tokens, seed=seed)
         return cls(embeddings.name, vectors, tokens, chance, ceiling)
 
+    def vectors(self) -> dict[str, metrics.Vectors]:
+        """What img9 and tok9 read."""
+        found: dict[str, metrics.Vectors] = {IMG: lambda images, _: self.images[images]}
+        return found | ({} if self.tokens is None else {TOK: self.tokens})
+
 
 @dataclass(eq=False)
 class Clarity:
@@ -139,11 +144,9 @@ def score_set(
     found = SetScores(one, ends, live, near_duplicates(held_out), distinct, dict(auc or {}))
     drawn = FeatureDraws.of(one.name, features, draws, seed, siblings(one))
     weight = _weights(one.share, ends)
-    for judge in judges:
-        scores = {IMG: _exemplar_scores(lambda i, _, j=judge: j.images[i], ranked, at, halves)}  # type: ignore[misc]
+    for judge, scores in zip(judges, _exemplar_scores([j.vectors() for j in judges], ranked, at, halves), strict=True):
         chance = {**judge.chance, INTRUDER: CHANCE}
         if judge.tokens is not None:
-            scores[TOK] = _exemplar_scores(judge.tokens, ranked, at, halves)
             positions = at[:, :, : metrics.EXEMPLARS]
             null = [metrics.same_position_null(judge.tokens, positions[:, e], len(halves), seed) for e in range(2)]
             chance[TOK] = drawn.average(torch.stack(null, 1), weight["weighted"]).value
@@ -173,17 +176,21 @@ def _weights(share: Tensor, ends: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _exemplar_scores(vectors: metrics.Vectors, ranked: Tensor, tokens: Tensor, halves: Tensor) -> Tensor:
-    """float32 [F, 2, draws + 1]: the mean pairwise cosine of the best `EXEMPLARS` images of every end, first among all
-    images, then among every half. ranked, tokens [F, 2, K]."""
-    features, sides, count = ranked.shape
+def _exemplar_scores(
+    judges: Sequence[Mapping[str, metrics.Vectors]], ranked: Tensor, tokens: Tensor, halves: Tensor
+) -> list[dict[str, Tensor]]:
+    """float32 [F, 2, draws + 1] of each of the judges' vectors: the mean pairwise cosine of the best `EXEMPLARS` images
+    of every end, first among all images, then among every half. ranked, tokens [F, 2, K]."""
+    count, rows = ranked.shape[2], halves.shape[1]
     images, places = ranked.flatten(0, 1), tokens.flatten(0, 1)
-    out = torch.empty(len(images), halves.shape[1])
-    step = max(1, _FLOATS // (count * max(halves.shape[1], 1280)))
+    out = [{metric: torch.empty(*ranked.shape[:2], rows) for metric in vectors} for vectors in judges]
+    step = max(1, _FLOATS // (count * max(rows, 1280)))
     for start in range(0, len(images), step):
         part = slice(start, start + step)
         kept = halves[images[part]]  # [f, K, R]
-        chosen = kept & (kept.cumsum(1) <= metrics.EXEMPLARS)
-        cosines = metrics.pairwise_cosines(vectors(images[part], places[part]))
-        out[part] = metrics.subset_cosines(cosines, chosen)
-    return out.view(features, sides, -1)
+        mask = (kept & (kept.cumsum(1, dtype=torch.int32) <= metrics.EXEMPLARS)).float()
+        for vectors, found in zip(judges, out, strict=True):
+            for metric, read in vectors.items():
+                cosines = metrics.pairwise_cosines(read(images[part], places[part]))
+                found[metric].flatten(0, 1)[part] = metrics.subset_cosines(cosines, mask)
+    return out

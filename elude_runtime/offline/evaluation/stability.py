@@ -36,20 +36,20 @@ from elude_runtime.partition import SplitConfig
 class CalibrationImages:
     """Images of a source, as batches that can be read again and again."""
 
-    def __init__(self, source: ImageSource, places: Tensor) -> None:
-        self._source = source.at(places)
+    def __init__(self, source: ImageSource) -> None:
+        self._source = source
 
     def __iter__(self) -> Iterator[Tensor]:
         return (batch.images for batch in self._source.numbered() if len(batch.places))
 
 
 def rewritten_halves(
-    model: EludeModel, layers: Sequence[str], source: ImageSource, places: Tensor, folder: Path, report: Progress
+    model: EludeModel, layers: Sequence[str], source: ImageSource, folder: Path, report: Progress
 ) -> tuple[EludeModel, EludeModel]:
-    """Two checkpoints of the same base model, each from half of the images at these places."""
+    """Two checkpoints of the same base model, each from every second one of the images."""
     first, second = (
         rewritten(
-            model, model.base, layers, CalibrationImages(source, places[half::2]), folder / f"half{half}",
+            model, model.base, layers, CalibrationImages(source.at(source.places[half::2])), folder / f"half{half}",
             f"half {half + 1}", report,
         )
         for half in range(2)

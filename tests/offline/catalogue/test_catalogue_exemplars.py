@@ -229,6 +229,31 @@ def test_near_misses_are_the_next_images_that_the_label_would_not_name(case: Cas
     assert spoken > 4 or case.rewritten.path.parent.name[:7] != "certain"
 
 
+@pytest.mark.parametrize("end", ["positive", "negative"])
+def test_neurons_stand_by_the_images_at_their_ends(case: Case, pictures: Path, end: str) -> None:
+    """Against the layer's own output around its baseline."""
+    model, state = case.rewritten.model, case.rewritten.model.state(case.layer)
+    images = torch.cat(list(ImageSource(pictures, case.rewritten.data).batches()))
+    y = state.linear.tokens(record_layer(model, images, case.layer).y[case.layer]) - state.baseline()
+    sign, checked = (1 if end == "positive" else -1), 0
+    for token_type in state.live_types:
+        tokens = state.layout.slices[token_type]
+        peaks, letter = (sign * y[:, tokens]).amax(1), "c" if token_type else ""
+        for neuron in range(state.linear.neurons):
+            found = [e for e in case.found.of(f"{case.layer}/y{neuron}{letter}") if e.end == end]
+            expected = peaks[:, neuron][peaks[:, neuron] > 0].sort(descending=True).values[:9]
+            scale = float(peaks[:, neuron].abs().max())
+            assert abs(len(found) - len(expected)) <= int((expected < 1e-4 * scale).sum())
+            assert [e.role for e in found] == ["top"] * len(found)
+            for exemplar, value in zip(found, expected.tolist(), strict=False):
+                assert sign * exemplar.activation == pytest.approx(value, abs=1e-4 * scale + 1e-5)
+                own = y[case.place(exemplar), exemplar.token, neuron]
+                assert float(own) == pytest.approx(exemplar.activation, abs=1e-4 * scale + 1e-5)
+                assert (exemplar.heat is not None) == (token_type == 0 and state.layout.grid is not None)
+                checked += 1
+    assert checked > 20
+
+
 def test_inputs_stand_by_the_images_they_are_largest_on(case: Case, pictures: Path) -> None:
     model, state = case.rewritten.model, case.rewritten.model.state(case.layer)
     images = torch.cat(list(ImageSource(pictures, case.rewritten.data).batches()))

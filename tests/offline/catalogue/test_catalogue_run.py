@@ -321,17 +321,23 @@ def test_what_is_kept_does_not_grow_with_the_images(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(answers_module, "_SPARE", 20)
     best, answers, sizes = BestImages(6, 4), Answers(), set()
     g = torch.Generator().manual_seed(1)
+    every, lots = torch.randn(4000, 5, generator=g), torch.rand(4000, generator=g)
     for number in range(400):
         places = torch.arange(10) + 10 * number
         keys = torch.rand(10, 6, generator=g)
         best.add(places, keys, torch.zeros(10, 6, dtype=torch.int64), lambda i, f: torch.zeros(len(i), 0))
-        answers.add(places, bytes(160), torch.randn(10, 5, generator=g))
+        answers.add(places, bytes(160), every[places], lots[places])
         if answers.crowded:
             answers.keep([best.places])
         assert torch.isin(best.places, answers.places).all() and len(answers.places) <= 2 * 24 + 20 + 10
         sizes.add(sum(t.numel() for t in best.state().values()))
     assert len(sizes) == 1 and answers.count == 4000
-    assert answers.base_rate.sum() == pytest.approx(1)
+    centred = (every - every.mean(1, keepdim=True)).double()
+    drawn = lots.argsort()[:500].sort().values
+    torch.testing.assert_close(answers.sample.double(), centred[drawn], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(answers.mean, centred.mean(0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(answers.std, centred.std(0, correction=0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(answers.logits.double(), centred[answers.places], atol=2e-3, rtol=1e-3)
 
 
 def test_best_images_are_those_of_one_sort() -> None:

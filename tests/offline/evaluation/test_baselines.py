@@ -91,9 +91,13 @@ def test_shapes_units_and_shares(everything: dict[str, FeatureSet]) -> None:
         live = values.std(0, correction=0) > 1e-3
         assert int((~live).sum()) == one.facts["dead"], one.name
         torch.testing.assert_close(values[:, live].std(0, correction=0), torch.ones(int(live.sum())), rtol=1e-3, atol=0)
-        assert one.ablation is not None
+        assert one.ablation is not None and (one.write is None) == (one.attribution is not None)
+        gradient = torch.randn(len(inputs), D, generator=generator(4))
+        attribution = one.attribution(inputs, gradient) if one.attribution else None
         for f in range(len(one.share)):
             part = one.ablation(inputs, torch.tensor([f]))
+            if attribution is not None:
+                assert float(attribution[f]) == pytest.approx(float((part * gradient).sum()), rel=1e-3, abs=1e-2)
             share = float((part * output).sum() / variance)
             assert float(one.share[f]) == pytest.approx(share, rel=1e-3, abs=1e-5), one.name
             if one.write is not None:

@@ -106,7 +106,7 @@ class TestScores:
         """img9 of every concept at its positive end, from the other network's own activations."""
         result = run(vit, scored)
         source = ImageSource(str(vit.folder), VIT_DATA, batch_size=25)
-        other = module.random_network(vit.model, [SECOND], source, torch.arange(24), tmp_path, 0, lambda *_: None)
+        other = module.random_network(vit.model, [SECOND], source, tmp_path, 0, lambda *_: None)
         assert other.manifest.base_sha256 != vit.model.manifest.base_sha256
         assert other.manifest.method == vit.model.manifest.method and other.layers == [SECOND]
         images = torch.cat(list(ImageSource(scored, VIT_DATA).batches()))

@@ -16,6 +16,7 @@ from elude_runtime.offline.evaluation.sae import (
     SparseCoder,
     SparseConfig,
     TrainedCoder,
+    _largest,
     _schedule,
     _Training,
     train,
@@ -120,6 +121,38 @@ def test_the_auxiliary_loss_revives_dead_latents(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transcoder", [False, True])
+def test_the_gradients_are_those_of_the_loss(kind: Kind, transcoder: bool) -> None:
+    """Against autograd through the same loss, with dense codes; a third of the latents is dead."""
+    inputs, _ = planted(200)
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1)) if transcoder else None
+    outputs = inputs if weight is None else inputs @ weight.T
+    training = _Training(inputs, outputs, config(kind, active=3), weight, torch.Generator().manual_seed(0))
+    training.encoder[::3] *= 0.02
+    training.idle[::3] = 1000
+    given, target = training._tokens(torch.arange(100))
+    pre = training._encode(given)
+    tokens, latents, values = training._select(pre)
+    kept = torch.zeros_like(pre).index_put_((tokens, latents), values) > 0
+    error = training._gradients(given, target, tokens, latents, values)
+    dead = (training.idle >= 50).nonzero()[:, 0]
+    assert 0 < len(dead) < 48
+    training._add_auxiliary(given, pre, error, dead)
+
+    parameters = [training.encoder, training.encoder_bias, training.decoder, training.bias]
+    encoder, encoder_bias, decoder, bias = copies = [p.clone().requires_grad_() for p in parameters]
+    codes = (given @ encoder.T + encoder_bias).relu()
+    missed = target - (codes * kept) @ decoder - bias
+    ranks = codes[:, dead].argsort(dim=1, descending=True).argsort(dim=1)
+    revived = codes[:, dead] * (ranks < target.shape[1] // 2)
+    left = (missed.detach() - revived @ decoder[dead]).square().mean() / missed.detach().square().mean()
+    (missed.square().mean() + left / 32).backward()
+    for own, one in zip(parameters, copies, strict=True):
+        assert own.grad is not None and one.grad is not None and bool((one.grad != 0).any())
+        torch.testing.assert_close(own.grad, one.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(kind: Kind) -> None:
     tokens, _ = planted(800)
     before = torch.random.get_rng_state()
@@ -161,6 +194,19 @@ def test_tokens_that_never_vary(kind: Kind) -> None:
     one = train(tokens, tokens, config(kind, latents=4, active=1, steps=120, dead_steps=5))
     torch.testing.assert_close(one.coder.decode(one.coder.encode(tokens)), tokens)
     assert one.fvu == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("size", "zeros"), [(1, 0), (20, 0), (5000, 0), (5000, 4900), (5000, 5000)])
+def test_the_largest_of_many_are_found(size: int, zeros: int) -> None:
+    values = torch.rand(size, generator=torch.Generator().manual_seed(size))
+    values[:zeros] = 0
+    for count in (1, size // 3 + 1, size):
+        found = _largest(values, count)
+        assert bool((found.diff() > 0).all())
+        assert torch.equal(values[found].sort().values, values.sort().values[-count:])
+    uneven = torch.zeros(5000)
+    uneven[::16] = 1  # the sample sees nothing else
+    assert len(_largest(uneven, 1000)) == 1000 and float(uneven[_largest(uneven, 1000)].sum()) == 313
 
 
 def test_scale_makes_the_mean_square_one() -> None:

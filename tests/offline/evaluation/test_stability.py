@@ -29,9 +29,7 @@ def test_a_rewrite_agrees_with_itself(vit: Rewritten) -> None:
 def test_halves_are_disjoint_and_by_the_checkpoints_method(vit: Rewritten, tmp_path_factory: object) -> None:
     images = input_tensor(VIT_DATA, 24, 0)
     folder = tmp_path_factory.mktemp("halves")  # type: ignore[attr-defined]
-    halves = rewritten_halves(
-        vit.model, [SECOND], ImageSource(images, VIT_DATA, batch_size=8), torch.arange(24), folder, lambda *_: None
-    )
+    halves = rewritten_halves(vit.model, [SECOND], ImageSource(images, VIT_DATA, batch_size=8), folder, lambda *_: None)
     for half in halves:
         assert half.layers == [SECOND] and half.manifest.calibration.images == 12
         assert half.manifest.method == vit.model.manifest.method
