@@ -14,6 +14,7 @@ from support import LABELS, SECOND, Run, refused, write_pictures
 from elude_runtime.checkpoint.catalogue import read_catalogue
 from elude_runtime.checkpoint.exemplars import read_exemplars
 from elude_runtime.cli.archive import build_archive
+from elude_runtime.offline.feature_table import read_table
 
 FEATURE = f"{SECOND}/P0"
 
@@ -102,7 +103,9 @@ def test_labels_one_by_one_and_from_a_file(checkpoint: Path, tmp_path: Path, run
     file = tmp_path / "given.csv"
     file.write_text(f'feature,label\n{SECOND}/P1,"fur, white"\n{SECOND}/P2,sky\n')
     assert run("label", checkpoint, "--csv", file).out.startswith("2 features labelled.")
-    assert json.loads(run("label", checkpoint, FEATURE, "--clear", "--json").out) == {FEATURE: ""}
+    (row,) = [r for r in read_table(checkpoint).to_pylist() if r["feature"] == FEATURE]
+    cleared = json.loads(run("label", checkpoint, FEATURE, "--clear", "--json").out)
+    assert row["label"] == "stripes" and cleared == {FEATURE: row["automatic_label"] or ""}
     facts = read_catalogue(checkpoint).facts(f"{SECOND}/P1")
     assert facts is not None and (facts.label, facts.label_source) == ("fur, white", "user")
 
