@@ -32,17 +32,30 @@ def show_feature(
     row = by_name[name]
     members = [r for r in rows if r["kind"] == "subunit" and r["concept"] == name] if row["kind"] == "concept" else []
     members.sort(key=lambda r: -r["share"])
+    siblings = [
+        r for r in rows if row["kind"] == r["kind"] == "subunit" and _neuron_of(r) == _neuron_of(row) and r is not row
+    ]
     found, note = _Found(), ""
     try:
         found = _Found.of(checkpoint, name)
     except CheckpointError as error:
         note = str(error)
     if as_json:
-        document = {**row, "members": [r["feature"] for r in members], **found.document(), "note": note or None}
+        document = {
+            **row,
+            "members": _names(members),
+            "siblings": _names(siblings),
+            **found.document(),
+            "note": note or None,
+        }
         print(json.dumps(document, indent=2, ensure_ascii=False))
         return
     console = printer()
     _print_facts(console, row, members)
+    if siblings:
+        labels = (f" ({escape(r['label'])})" if r["label"] else "" for r in siblings)
+        told = (f"{r['feature'].rpartition('/')[2]}{text}" for r, text in zip(siblings, labels, strict=True))
+        console.print(f"  siblings   {', '.join(told)}")
     for key in ("raises", "lowers"):
         if row[key]:
             effects = ", ".join(f"{_class(classes, e['class'])} {e['effect']:+.3f}" for e in row[key])
@@ -52,6 +65,15 @@ def show_feature(
         errors.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     elif not found.exemplars:
         console.print("  exemplars  none: it never varied on the calibration images, or its layer was left out")
+
+
+def _neuron_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Which neuron a sub-unit is of."""
+    return row["layer"], row["token_type"], row["neuron"]
+
+
+def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [r["feature"] for r in rows]
 
 
 def _print_facts(console: Console, row: dict[str, Any], members: Sequence[dict[str, Any]]) -> None:

@@ -61,7 +61,10 @@ def test_inspect_shows_what_a_catalogue_found(checkpoint: Path, run: Run) -> Non
     assert [i["input"] for i in document["inputs"]] == [channel for channel, _ in found.inputs(FEATURE)]
     assert len(document["duplicates"]) == 5 and document["raises"] and document["lowers"]
     subunit = run("inspect", checkpoint, f"{SECOND}/3/p1").out
-    assert "concept " in subunit and "inputs" in subunit
+    assert "concept " in subunit and "inputs" in subunit and "siblings   p0" in subunit
+    siblings = json.loads(run("inspect", checkpoint, f"{SECOND}/3/p1", "--json").out)["siblings"]
+    assert f"{SECOND}/3/p0" in siblings and f"{SECOND}/3/p1" not in siblings
+    assert all(name.startswith(f"{SECOND}/3/p") for name in siblings)
 
 
 def test_inspect_without_a_catalogue(vit: Rewritten, checkpoint: Path, run: Run) -> None:

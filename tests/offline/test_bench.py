@@ -83,7 +83,7 @@ def test_neither_of_a_pair_always_goes_first(work: Workload, monkeypatch: pytest
 def test_stages_hold_their_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 3.0, 7.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = bench._StageClock()
+    clock = bench.StageClock()
     clock("reading", 0, 10)
     clock("reading", 10, 10)
     clock("writing", 0, 1)

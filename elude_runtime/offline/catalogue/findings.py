@@ -18,7 +18,7 @@ from elude_runtime.offline.catalogue.image_pass import ImagePass
 from elude_runtime.offline.catalogue.layer_pass import TOP, LayerPass, TypePass
 from elude_runtime.offline.catalogue.links import Links, feature_links
 from elude_runtime.offline.catalogue.selection import block_roles, input_roles, neuron_roles
-from elude_runtime.offline.catalogue.tables import LINKS_SCHEMA, RoleColumns
+from elude_runtime.offline.catalogue.tables import LINKS_SCHEMA, RoleColumns, texts
 from elude_runtime.offline.feature_table import class_effects, with_columns
 
 
@@ -135,16 +135,12 @@ def link_tables(findings: Sequence[TypeFindings]) -> Iterator[pa.Table]:
         values = torch.cat([links.shares, links.correlations], 1)
         feature, column = (others >= 0).nonzero(as_tuple=True)
         duplicate = column >= links.inputs.shape[1]
-        texts = pa.array([*map(str, range(one.channels)), *one.names], pa.string())
+        names = [*map(str, range(one.channels)), *one.names]
         columns = {
-            "feature": _dictionary(feature, pa.array(one.names, pa.string())),
-            "kind": _dictionary(duplicate, pa.array([INPUT, DUPLICATE])),
+            "feature": texts(feature.numpy(), one.names),
+            "kind": texts(duplicate.numpy(), [INPUT, DUPLICATE]),
             "rank": torch.where(duplicate, column - links.inputs.shape[1], column).numpy().astype(np.int16),
-            "other": _dictionary(others[feature, column], texts),
+            "other": texts(others[feature, column].numpy(), names),
             "value": values[feature, column].numpy(),
         }
         yield pa.table(columns, schema=LINKS_SCHEMA)
-
-
-def _dictionary(codes: torch.Tensor, values: pa.Array) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(codes.numpy().astype(np.int32), values).cast(pa.string())

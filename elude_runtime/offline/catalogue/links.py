@@ -34,7 +34,6 @@ def feature_links(readout: Tensor, covariance: Tensor, channels: int, concepts: 
     """
     count = len(readout)
     wanted = min(INPUTS, channels)
-    inputs, shares = torch.full((count, wanted), -1), torch.zeros(count, wanted)
     duplicates, correlations = torch.full((count, DUPLICATES), -1), torch.zeros(count, DUPLICATES)
     rows = readout.double()
     reached = rows @ covariance  # [F, C]
@@ -45,7 +44,7 @@ def feature_links(readout: Tensor, covariance: Tensor, channels: int, concepts: 
     share = torch.where(live[:, None], parts / scale[:, None], 0)
     best = share.abs().topk(wanted, dim=1).indices
     found = share.gather(1, best)
-    inputs, shares = torch.where(found != 0, best, -1).cpu(), found.float().cpu()
+    inputs = torch.where(found != 0, best, -1).cpu()
     deviation = scale.sqrt()
     for kind in (slice(0, concepts), slice(concepts, count)):
         own = torch.arange(kind.start, kind.stop, device=readout.device)
@@ -61,4 +60,4 @@ def feature_links(readout: Tensor, covariance: Tensor, channels: int, concepts: 
             found = correlation.gather(1, nearest)
             duplicates[part.cpu(), :few] = torch.where(found != 0, own[nearest], -1).cpu()
             correlations[part.cpu(), :few] = found.float().cpu()
-    return Links(inputs, shares, duplicates, correlations)
+    return Links(inputs, share.gather(1, best).float().cpu(), duplicates, correlations)

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from elude_runtime.checkpoint.storage import storage_error
 from elude_runtime.errors import ImagesError
 from elude_runtime.offline.catalogue.thumbnails import Picture, picture
+from elude_runtime.offline.collect import State
 from elude_runtime.offline.image_loading import image_hash
 from elude_runtime.offline.images import ImageSource, Progress
 from elude_runtime.offline.resume import Resume
 
 _AT_ONCE = 64  # images, decoded and encoded by threads
 _BLOB, _STATE = "thumbnails", "pictures"
-_NO_WINDOW = (0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +28,24 @@ class Pictures:
     """Of every exemplar image: sizes (width, height), windows, and the bytes that its thumbnail takes, 0 for none;
     blob: the thumbnails one after the other; missing: (file, reason) of images that were not found again."""
 
+    blob: Path
     sizes: list[tuple[int, int]]
     windows: list[tuple[float, float, float, float]]
     lengths: list[int]
-    blob: Path
     missing: list[tuple[str, str]]
+
+    def add(self, name: str, found: Picture | str) -> bytes:
+        """Take in what became of the next image; its thumbnail, nothing where there is none."""
+        if isinstance(found, str):
+            self.missing.append((name, found))
+            found = Picture(0, 0, (0.0, 0.0, 0.0, 0.0), None)
+        self.sizes.append((found.width, found.height))
+        self.windows.append(found.window)
+        self.lengths.append(len(found.thumbnail or b""))
+        return found.thumbnail or b""
+
+    def state(self) -> State:
+        return {name: getattr(self, name) for name in ("sizes", "windows", "lengths", "missing")}
 
     def unpack(self, folder: Path) -> list[str | None]:
         """Write the thumbnails to a folder, each under the number of its image; their names."""
@@ -60,32 +73,25 @@ def take_pictures(
     contents were; an image that is not there any more, or is another one, goes without."""
     blob = resume.folder / _BLOB
     kept = resume.load(_STATE) if blob.is_file() else None
-    kept = kept or {"sizes": [], "windows": [], "lengths": [], "missing": []}
-    done = Pictures(kept["sizes"], kept["windows"], kept["lengths"], blob, kept["missing"])
+    done = Pictures(blob, **kept) if kept else Pictures(blob, [], [], [], [])
     most = budget // len(places)
+
+    def look(number: int) -> Picture | str:
+        return _look(source, int(places[number]), hashes[number], most)
+
     report("pictures", len(done.sizes), len(places))
     try:
         with blob.open("ab") as stream, ThreadPoolExecutor(max(source.workers, os.cpu_count() or 1)) as pool:
             stream.truncate(sum(done.lengths))
             for start in range(len(done.sizes), len(places), _AT_ONCE):
                 part = range(start, min(start + _AT_ONCE, len(places)))
-                for number, found in zip(
-                    part, pool.map(lambda i: _look(source, int(places[i]), hashes[i], most), part), strict=True
-                ):
-                    _add(done, source.name(int(places[number])), found)
-                    if isinstance(found, Picture) and found.thumbnail:
-                        stream.write(found.thumbnail)
+                for number, found in zip(part, pool.map(look, part), strict=True):
+                    stream.write(done.add(source.name(int(places[number])), found))
                 report("pictures", len(part), len(places))
                 if resume.due():
                     stream.flush()
                     os.fsync(stream.fileno())
-                    state = {
-                        "sizes": done.sizes,
-                        "windows": done.windows,
-                        "lengths": done.lengths,
-                        "missing": done.missing,
-                    }
-                    resume.save(_STATE, state)
+                    resume.save(_STATE, done.state())
     except OSError as error:
         raise storage_error(error, blob) from error
     return done
@@ -100,15 +106,3 @@ def _look(source: ImageSource, place: int, known: bytes, most: int) -> Picture |
         return picture(data, source.config, most)
     except (ImagesError, OSError) as error:
         return f"{error.strerror}." if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _add(done: Pictures, name: str, found: Picture | str) -> None:
-    if isinstance(found, str):
-        done.missing.append((name, found))
-        done.sizes.append((0, 0))
-        done.windows.append(_NO_WINDOW)
-        done.lengths.append(0)
-    else:
-        done.sizes.append((found.width, found.height))
-        done.windows.append(found.window)
-        done.lengths.append(len(found.thumbnail or b""))

@@ -75,15 +75,14 @@ def exemplar_table(names: Sequence[str], parts: Sequence[RoleColumns], places: N
         return np.concatenate(list(values))[order]
 
     rows = [len(p.feature) for p in parts]
+    part = np.repeat(np.arange(len(parts)), rows)[order]
     scale = column(
         p.heat_scale if p.heat_scale is not None else np.zeros(n, np.float32) for p, n in zip(parts, rows, strict=True)
     )
     columns = {
-        "feature": pa.DictionaryArray.from_arrays(feature[order].astype(np.int32), pa.array(names, pa.string())).cast(
-            pa.string()
-        ),
-        "end": _texts([p.end for p in parts], rows, order),
-        "role": _texts([p.role for p in parts], rows, order),
+        "feature": texts(feature[order], names),
+        "end": texts(part, [p.end for p in parts]),
+        "role": texts(part, [p.role for p in parts]),
         "rank": column(p.rank for p in parts).astype(np.int16),
         "image": np.searchsorted(places, column(p.place for p in parts)).astype(np.int32),
         "token": column(p.token for p in parts).astype(np.int32),
@@ -104,9 +103,9 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> 
         raise storage_error(error, path) from error
 
 
-def _texts(values: Sequence[str], rows: Sequence[int], order: NDArray[np.int64]) -> pa.Array:
-    codes = np.repeat(np.arange(len(values), dtype=np.int32), rows)[order]
-    return pa.DictionaryArray.from_arrays(codes, pa.array(values, pa.string())).cast(pa.string())
+def texts(numbers: NDArray, values: Sequence[str]) -> pa.Array:
+    """A column of the values with these numbers."""
+    return pa.DictionaryArray.from_arrays(numbers.astype(np.int32), pa.array(values, pa.string())).cast(pa.string())
 
 
 def _heat(parts: Sequence[NDArray[np.int8] | None], rows: Sequence[int], order: NDArray[np.int64]) -> pa.Array:
