@@ -29,6 +29,7 @@ _TILE, _GAP, _TILES_ACROSS = 196, 18, 5
 _RIGHT = _TILES_ACROSS * (_TILE + _GAP) - _GAP
 _MARGIN = 28
 _FACES, _FACE_GAP = 4, 4
+_LINE = 18  # from one small line to the next
 _ON_PREFIX = re.compile(r"/[Cc](\d+|rest)$")  # names of features of class and register tokens
 
 Faces = Callable[[str, float, int], Sequence[Image.Image]]
@@ -260,7 +261,7 @@ def _feature(
     if feature.pixels is not None:
         blocks.append(canvas.text_block("pixels that its activation rests on", SMALL, _TILE, FAINT))
         blocks.append(_overlay(picture, reply, _values(feature.pixels), ""))
-    made, draw = canvas.blank(_TILE, 84 + (18 if feature.effect is not None else 0))
+    made, draw = canvas.blank(_TILE, 44 + _LINE * (3 if feature.effect is None else 4))
     write(draw, (0, 0), feature.feature.removeprefix(f"{layer}/"), TEXT, width=_TILE - 70)
     write(draw, (_TILE, 0), f"{feature.attribution:+.3g}", TEXT, _sign(feature.attribution), right=True)
     middle = _TILE / 2
@@ -268,9 +269,9 @@ def _feature(
     draw.line((0, 27, _TILE, 27), LINE)
     draw.rectangle((min(middle, middle + length), 23, max(middle, middle + length), 31), _sign(feature.attribution))
     draw.line((middle, 20, middle, 34), INK)
-    _describe(draw, 40, shown)
+    below = _describe(draw, 40, shown)
     if feature.effect is not None:
-        write(draw, (0, 78), f"effect of ablating it {feature.effect:+.3g}", SMALL, FAINT, width=_TILE)
+        write(draw, (0, below), f"effect of ablating it {feature.effect:+.3g}", SMALL, FAINT, width=_TILE)
     return canvas.stack([*blocks, made, *_strip(shown, others)], 6)
 
 
@@ -278,18 +279,22 @@ def _edited_feature(picture: Image.Image, reply: Reply, number: int, edit: Edite
     """A feature that was edited, as the unchanged pass has it, under its edit's number."""
     assert edit.feature is not None
     others = faces(edit.feature.feature, edit.feature.activation, _FACES)
-    made, draw = canvas.blank(_TILE, 62)
+    made, draw = canvas.blank(_TILE, 26 + 3 * _LINE)
     write(draw, (0, 0), f"{number}  {edit.feature.feature.partition('/')[2]}", TEXT, STEERED, width=_TILE)
     _describe(draw, 22, edit.feature)
     return canvas.stack([_place(picture, reply, edit.feature, others), made, *_strip(edit.feature, others)], 6)
 
 
-def _describe(draw: ImageDraw.ImageDraw, y: float, shown: Shown) -> None:
-    """Two lines: label, activation."""
-    write(draw, (0, y), shown.label or "no label", SMALL, INK if shown.label else FAINT, width=_TILE)
+def _describe(draw: ImageDraw.ImageDraw, y: float, shown: Shown) -> float:
+    """Label, on two lines at most, and activation, from y on; gives where the next line goes."""
+    lines = canvas.wrapped(shown.label or "no label", SMALL, _TILE)
+    for line in [*lines[:1], " ".join(lines[1:])][: len(lines)]:
+        write(draw, (0, y), line, SMALL, INK if shown.label else FAINT, width=_TILE)
+        y += _LINE
     value = f"{shown.activation:+.3g}"
     said = f"{value} on the class token" if _ON_PREFIX.search(shown.feature) else f"activation {value}"
-    write(draw, (0, y + 20), said, SMALL, FAINT, width=_TILE)
+    write(draw, (0, y), said, SMALL, FAINT, width=_TILE)
+    return y + _LINE
 
 
 def _place(picture: Image.Image, reply: Reply, shown: Shown, others: Sequence[Image.Image]) -> Image.Image:

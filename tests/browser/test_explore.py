@@ -160,9 +160,9 @@ def choose(page: Page, image: Path) -> None:
     page.wait_for_selector(".feature")
 
 
-def drop(page: Page, image: Path) -> None:
-    """The same by drag and drop."""
-    transfer = page.evaluate_handle(
+def transfer(page: Page, image: Path) -> Any:
+    """What a drop or the clipboard hands over."""
+    return page.evaluate_handle(
         """([bytes, name]) => {
           const transfer = new DataTransfer();
           transfer.items.add(new File([Uint8Array.from(bytes)], name, {type: 'image/png'}));
@@ -170,8 +170,6 @@ def drop(page: Page, image: Path) -> None:
         }""",
         [list(image.read_bytes()), image.name],
     )
-    for event in ("dragenter", "dragover", "drop"):
-        page.dispatch_event("#stage", event, {"dataTransfer": transfer})
 
 
 def answered(page: Page, act: Callable[[], object]) -> dict[str, Any]:
@@ -213,7 +211,8 @@ class TestLooking:
     def test_a_dropped_image_is_predicted_and_explained(self, visits: Visits, opened: Opened, live: Live) -> None:
         page = visits.open(opened.address)
         assert page.locator(".strip button").count() >= 20  # the catalogue's images
-        drop(page, live.image)
+        for event in ("dragenter", "dragover", "drop"):
+            page.dispatch_event("#stage", event, {"dataTransfer": transfer(page, live.image)})
         page.wait_for_selector(".feature")
         with live.client() as client:
             reply = client.explain(live.image, top_features=12, heatmaps="values")
@@ -227,6 +226,18 @@ class TestLooking:
             assert f"{feature.attribution:+.3g}".replace("-", MINUS)[:4] in row.locator(".share").inner_text()
         assert page.locator("#target-name").inner_text() == reply.predictions[0].label
         assert live.image.name in page.locator("#caption").inner_text()
+
+    def test_a_pasted_image(self, visits: Visits, opened: Opened, live: Live) -> None:
+        page = visits.open(opened.address)
+        page.evaluate(
+            "data => document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true}))",
+            transfer(page, live.image),
+        )
+        page.wait_for_selector(".feature")
+        assert page.locator("#caption").inner_text().endswith("Pasted.")
+        with live.client() as client:
+            expected = {str(p.label): percent(p.probability) for p in client.predict(live.image).predictions}
+        assert shares(page, "before") == expected
 
     def test_a_feature_that_is_pointed_at_shows_its_heat_large(
         self, visits: Visits, opened: Opened, live: Live
