@@ -71,8 +71,9 @@ def test_holds_checkpoint_package_handler_and_configuration(checkpoint: Path, tm
     assert {"elude_handler.py", "model-config.yaml", "MAR-INF/MANIFEST.json"} <= held
     assert {"checkpoint/model.safetensors", "checkpoint/elude.json", "checkpoint/labels.csv"} <= held
     assert {"checkpoint/factory/build.py", "elude_runtime/__init__.py", "elude_runtime/errors.py"} <= held
-    assert not [name for name in held if "exemplars" in name or "__pycache__" in name or "shipped" in name]
-    assert not [name for name in held if name.startswith("elude_runtime/") and name.endswith(".safetensors")]
+    assert not [n for n in held if n.startswith("checkpoint/exemplars") or "__pycache__" in n or "shipped" in n]
+    package = [name for name in held if name.startswith("elude_runtime/")]
+    assert not [name for name in package if name.endswith((".safetensors", ".js", ".css", ".jinja"))]
     with zipfile.ZipFile(made) as content:
         assert content.read("checkpoint/model.safetensors") == b"weights" * 100
         model = json.loads(content.read("MAR-INF/MANIFEST.json"))["model"]
