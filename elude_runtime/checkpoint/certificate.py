@@ -18,6 +18,11 @@ class Certificate:
     document: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def undone(self) -> int:
+        """How many checks could not be made."""
+        return sum(check["holds"] is None for check in self.document.get("checks", ()))
+
+    @property
     def sentence(self) -> str:
         """In a few words, for a line about the checkpoint."""
         if self.state == "holds":

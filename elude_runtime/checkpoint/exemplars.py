@@ -95,7 +95,7 @@ class Exemplars:
         ]
         self.images = {image.id: image for image in _images(folder, tables[IMAGES_TABLE])}
         self._exemplars = _Groups(tables[EXEMPLARS_TABLE], ("end", "role", "rank", "image", "token", "activation"))
-        self._heat = tables[EXEMPLARS_TABLE]["heat"].combine_chunks()
+        self._heat = tables[EXEMPLARS_TABLE]["heat"]  # in chunks: together they may be more than a column can hold
         self._heat_scale = tables[EXEMPLARS_TABLE]["heat_scale"].to_numpy()
         self._links = _Groups(tables[LINKS_TABLE], ("kind", "other", "value"))
         unknown = set(self._exemplars.columns["image"].tolist()) - set(self.images)

@@ -21,7 +21,10 @@ _MB = 1_000_000
 def catalogue(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT")],
     images: Annotated[str, typer.Option(help=options.IMAGES)] = ...,  # type: ignore[assignment]
-    layers: Annotated[list[str] | None, typer.Option(help="A split layer; repeated. Default: all.")] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="A split layer; repeated. Default: all. The catalogue of the others goes."),
+    ] = None,
     effect_images: Annotated[
         int, typer.Option(help="Images on which the classes raised and lowered are measured; 0 for none.", min=0)
     ] = 8,
@@ -59,7 +62,7 @@ def catalogue(
     if as_json:
         print(json.dumps(_document(result), indent=2))
         return
-    print_skipped(result.skipped)
+    print_skipped(result.skipped, result.skipped_count)
     print_skipped([(file, f"no picture: {reason}") for file, reason in result.missing])
     _print(result, checkpoint)
 

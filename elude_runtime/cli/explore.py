@@ -78,7 +78,8 @@ def explore(
         facts |= {"key_file": str(own.run_dir / "key_file.json")} if own else {}
         print(json.dumps(facts, indent=2) if as_json else _screen(facts), flush=True)
         if open_browser:
-            webbrowser.open(facts["address"])
+            listening.listen()  # so that the browser waits for the server instead of being refused
+            webbrowser.open(_doorway(Path(scratch), facts["address"]).as_uri())
         web = web_server(explorer.app())
         try:
             with _ending_with(own, web):
@@ -120,6 +121,15 @@ def _ending_with(own: Server | None, web: uvicorn.Server) -> Iterator[None]:
     yield
     if ended:
         raise ServerError(f"TorchServe ended by itself with status {ended[0]}; logs in {own.run_dir / 'logs'}")
+
+
+def _doorway(scratch: Path, address: str) -> Path:
+    """A page, readable by its owner alone, that leads to the address: a browser's command line is there for every user
+    of the host to see, and the address carries the key."""
+    page = scratch / "open.html"
+    page.touch(mode=0o600)
+    page.write_text(f'<!doctype html><meta http-equiv="refresh" content="0;url={address}">', encoding="utf-8")
+    return page
 
 
 def _key(file: Path | None) -> str | None:

@@ -19,12 +19,15 @@ def printer() -> Console:
     return Console(highlight=False, soft_wrap=True, width=_WIDTH)
 
 
-def print_skipped(skipped: Sequence[tuple[str, str]]) -> None:
-    """Name the first images that could not be read, with the reasons, and count the others."""
+def print_skipped(skipped: Sequence[tuple[str, str]], count: int | None = None) -> None:
+    """Name the first images that could not be read, with the reasons, and count the others. count: how many there are,
+    where `skipped` holds the first of them only."""
+    count = len(skipped) if count is None else count
     for file, reason in skipped[:5]:
         console.print(f"[yellow]skipped[/] {escape(f'{file}: {reason}')}", highlight=False, soft_wrap=True)
-    if len(skipped) > 5:
-        console.print(f"[yellow]skipped[/] {len(skipped)} images in all; --json names every one.")
+    if count > 5:
+        named = "every one" if count == len(skipped) else f"the first {len(skipped)}"
+        console.print(f"[yellow]skipped[/] {count} images in all; --json names {named}.")
 
 
 class Stages:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hmac
 import sys
 import traceback
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -106,8 +105,7 @@ class Guard:
 
 
 def _cookie(text: str, name: str) -> str:
-    try:
-        found = SimpleCookie(text).get(name)
-    except CookieError:
-        return ""
-    return found.value if found else ""
+    """The value of a cookie. All ports of a host share their cookies, and a strict parser would lose ours over another
+    program's malformed one."""
+    pairs = (part.strip().partition("=") for part in text.split(";"))
+    return next((value for own, _, value in pairs if own == name), "")

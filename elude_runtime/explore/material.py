@@ -105,7 +105,8 @@ class Material:
         """Some images with a thumbnail, spread over all of them."""
         images = self._exemplars.images if self._exemplars else {}
         shown = [number for number in sorted(images) if images[number].thumbnail is not None]
-        return shown[:: max(1, len(shown) // _SAMPLES)][:_SAMPLES]
+        count = min(_SAMPLES, len(shown))
+        return [shown[place * len(shown) // count] for place in range(count)]
 
     def _image(self, number: int) -> dict[str, Any]:
         """An image of the catalogue. aspect: width over height of what the model saw; file: as the catalogue found it,

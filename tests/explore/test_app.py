@@ -135,6 +135,14 @@ def test_the_secret_comes_as_a_cookie_that_no_script_reads(explorer: Explorer) -
         assert client.get("/index.html").text == "<p>overview</p>"
 
 
+@pytest.mark.parametrize("others", ["theme=dark mode; {}", 'a={{"x":1}}; {}', "{}; a=b c", "={}; {}"])
+def test_malformed_cookies_of_other_ports_do_not_lock_it(explorer: Explorer, others: str) -> None:
+    with visitor(explorer) as client:
+        own = f"elude-explore={SECRET}"
+        assert client.get("/index.html", headers={"Cookie": others.format(*[own] * 2)}).status_code == 200
+        assert client.get("/index.html", headers={"Cookie": f"not-{own}"}).status_code == 403
+
+
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8999", "127.0.0.1.evil.example:8999", ""])
 def test_a_foreign_host_name_gets_nothing(browser: TestClient, host: str) -> None:
     assert browser.get("/explore.html", headers={"Host": host}).status_code == 421

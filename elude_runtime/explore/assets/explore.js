@@ -124,9 +124,7 @@ class Explorer {
 
   /** Take a new image. @param {Blob} file @param {import("./source.js").About} about */
   async load(file, { name, note = "", path = "" }) {
-    this.predicting.cancel();
-    this.explaining.cancel();
-    this.notices.clear("image", "predicting", "explaining");
+    this.notices.clear("image");
     const turn = ++this.turn;
     let bitmap;
     try {
@@ -139,6 +137,9 @@ class Explorer {
       return;
     }
     if (turn !== this.turn) return; // a newer image was chosen meanwhile
+    this.predicting.cancel();
+    this.explaining.cancel();
+    this.notices.clear("predicting", "explaining");
     this.image = { file, name, note, path, bitmap, sent: null };
     this.reply = this.explained = this.embedding = null;
     this.drawing++;
@@ -286,6 +287,7 @@ class Explorer {
   /** The edits in force: those that the scope leaves some tokens. */
   #edits() {
     const { scope } = this.toolbar;
+    if (scope.kind === "box" && !scope.box) return []; // none is drawn on this image yet
     const acting = [...this.factors].filter(([feature]) => fits(feature, scope, this.checkpoint.layers));
     return editsOf(new Map(acting), scope);
   }
@@ -293,6 +295,10 @@ class Explorer {
   #sayIdle(acting) {
     const idle = [...this.factors.keys()].filter((feature) => !acting.some((edit) => edit.feature === feature));
     if (!idle.length) return this.notices.clear("scope");
+    if (this.toolbar.scope.kind === "box" && !this.toolbar.scope.box) {
+      const title = "Nothing is changed until a box is drawn on this image";
+      return this.notices.show("scope", { title, detail: "Or let the features act everywhere.", tone: "warn" });
+    }
     const where = { cls: "the class token", patches: "patches", box: "the box" }[this.toolbar.scope.kind];
     const title = `Kept to ${where}, ${idle.join(" and ")} ${idle.length > 1 ? "change" : "changes"} nothing`;
     this.notices.show("scope", { title, detail: "Features of other tokens are left as they are.", tone: "warn" });

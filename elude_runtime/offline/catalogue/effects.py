@@ -41,7 +41,7 @@ def directions(state: SplitState, own: TypeFeatures) -> Directions:
     """Rows for the concepts (every member risen by one standard deviation of the concept's activation, in its own
     standard deviations), then for the neurons with a sub-unit among the features (risen by the root mean square of
     their sub-units' standard deviations)."""
-    neurons = torch.tensor([-1 if f.neuron is None else f.neuron for f in own.features])
+    neurons = torch.tensor([-1 if f.neuron is None else f.neuron for f in own.features], dtype=torch.int64)
     concepts = int((neurons < 0).sum())
     std = own.std
     change = torch.zeros(concepts, state.linear.neurons)

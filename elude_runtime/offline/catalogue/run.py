@@ -93,7 +93,8 @@ def make_catalogue(
     report = progress or (lambda *_: None)
     model = load(checkpoint, device, trust_factory=trust_factory)
     table = read_table(checkpoint)
-    labels = stored_labels(checkpoint, set(table["feature"].to_pylist()))
+    names = set(table["feature"].to_pylist())
+    stored_labels(checkpoint, names)  # a file that cannot be used is told before the work
     wanted = {model.state(name).name for name in (layers or model.layers)}
     states = {name: state for name, state in model.states.items() if name in wanted}
     source = ImageSource(
@@ -126,7 +127,8 @@ def make_catalogue(
         report("putting together", 1, 1)
         shown = ExemplarImages.of(findings, passed.answers, source)
         pictures = take_pictures(source, shown.places, shown.hashes, options.thumbnail_budget, resume, report)
-        found = labelled(described(table, findings.types), labels)
+        # read now: somebody may have named a feature meanwhile
+        found = labelled(described(table, findings.types), stored_labels(checkpoint, names))
         with new_directory(checkpoint / EXEMPLARS, force=True, within=resume.folder, known_by=None) as work:
             facts = _facts(model, passed, pictures, {"max_images": limit, **asdict(options)})
             write_catalogue(work, findings, shown, pictures, facts)

@@ -18,8 +18,9 @@ import pytest
 import torch
 from conftest import Rewritten
 from PIL import Image
-from support import VIT_DATA, encoded, input_tensor, picture, tamper, write_pictures, write_tar
+from support import FIRST, VIT_ARGS, VIT_DATA, encoded, input_tensor, picture, tamper, write_pictures, write_tar
 
+import elude_runtime as elude
 from elude_runtime.checkpoint.exemplars import EXEMPLARS, read_exemplars
 from elude_runtime.checkpoint.manifest import read_manifest
 from elude_runtime.errors import CheckpointError, FeatureError, ImagesError, LayerError, SettingsError, StorageError
@@ -362,3 +363,28 @@ def test_best_images_are_those_of_one_sort() -> None:
     few = BestImages(2, 3)
     few.add(torch.tensor([4]), torch.tensor([[0.5, -1.0]]), torch.tensor([[2, 3]]), lambda i, f: torch.zeros(len(i), 0))
     assert few.places.tolist() == [[4, NOWHERE], [NOWHERE, NOWHERE], [NOWHERE, NOWHERE]]
+
+
+def test_a_label_given_meanwhile_is_kept(checkpoint: Path, pictures: Path) -> None:
+    name = read_table(checkpoint)["feature"].to_pylist()[0]
+
+    def named(stage: str, *_: Any) -> None:
+        if stage == "classes":
+            (checkpoint / "labels.csv").write_text(f"feature,label\n{name},mine\n")
+
+    make_catalogue(checkpoint, pictures, CatalogueOptions(effect_images=1), progress=named)
+    assert {r["feature"]: r["label"] for r in read_table(checkpoint).to_pylist()}[name] == "mine"
+
+
+def test_a_token_type_that_never_varies_has_nothing_to_show(vit: Rewritten, pictures: Path, tmp_path: Path) -> None:
+    """Calibrated on one image, class tokens have no spread, and patches have."""
+    out = tmp_path / "ckpt"
+    elude.rewrite(
+        vit.base, pictures, out=out, layers=[FIRST], subunits=4, concepts=4, tokens=24, max_images=1,
+        data_config=VIT_DATA, model_args=VIT_ARGS,
+    )  # fmt: skip
+    result = make_catalogue(out, pictures)
+    found, rows = read_exemplars(out), read_table(out).to_pylist()
+    assert sum(result.dead.values()) >= sum(r["token_type"] == "cls" for r in rows) > 0
+    assert not any(found.of(r["feature"]) for r in rows if r["token_type"] == "cls")
+    assert any(found.of(r["feature"]) for r in rows if r["token_type"] == "patches")
