@@ -392,6 +392,8 @@ class TestSteering:
         assert feature is not None
         page.locator("input[name=scope][value=box]").check()
         answered(page, lambda: page.locator(f'[data-feature="{feature}"]').get_by_text("Ablate").click())
+        assert "Nothing is changed until a box is drawn" in notice(page)
+        assert not page.locator("#answer.steered").count() and page.locator("#save").is_disabled()
         area = page.locator(".area").bounding_box()
         assert area is not None
         at = lambda x, y: (area["x"] + x * area["width"], area["y"] + y * area["height"])  # noqa: E731
@@ -526,6 +528,16 @@ class TestStates:
         page.wait_for_function("() => document.querySelector('#notices').textContent.includes('5,000,000 bytes')")
         choose(page, live.image)
         assert not page.locator(".notice").count()
+
+    def test_a_file_that_is_no_image_leaves_the_one_before_its_answer(
+        self, visits: Visits, opened: Opened, live: Live
+    ) -> None:
+        page = visits.open(opened.address)
+        page.set_input_files("#choose", live.image)
+        page.set_input_files("#choose", {"name": "notes.png", "mimeType": "image/png", "buffer": b"no picture"})
+        assert "notes.png is no image" in notice(page)
+        page.wait_for_selector(".feature")
+        assert page.locator(".feature").count() == 12 and live.image.name in page.locator("#caption").inner_text()
 
     def test_a_checkpoint_without_a_catalogue(
         self, visits: Visits, explore: Callable[..., Opened], live: Live, tmp_path: Path
