@@ -26,7 +26,7 @@ from elude_runtime.checkpoint.storage import storage_error, sync_file
 from elude_runtime.errors import ImagesError, LayerError, SettingsError, StorageError
 from elude_runtime.network.tokens import by_image
 from elude_runtime.offline.collect import StopForward, layer_inputs
-from elude_runtime.offline.images import ImageSource, Progress
+from elude_runtime.offline.images import ImageSource, Progress, none_read
 
 LEVELS = ("concepts", "subunits")
 ENDING = ".npz"
@@ -256,8 +256,7 @@ def _stream(
                 written.places.extend(batch.places.tolist())
             report("activations", len(batch.places) + len(batch.skipped), source.count)
     if not written.places:
-        first = f" The first: {': '.join(written.skipped[0])}" if written.skipped else ""
-        raise ImagesError(f"None of the {len(written.skipped)} images could be read.{first}")
+        raise none_read(written.skipped)
     return written
 
 

@@ -65,6 +65,12 @@ class ImageReport:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
+def none_read(skipped: Sequence[tuple[str, str]], count: int | None = None) -> ImagesError:
+    """The error where no image could be read. skipped: (file, reason), or the first of them where there are `count`."""
+    first = f" The first: {': '.join(skipped[0])}" if skipped else ""
+    return ImagesError(f"None of the {len(skipped) if count is None else count} images could be read.{first}")
+
+
 class ImageSource:
     """Images that can be read again and again, in the same batches each time: `[B, 3, H, W]` float32.
 
@@ -187,8 +193,7 @@ class ImageSource:
         if not len(report.hashes) and not report.skipped:
             raise ImagesError("There are no images; give at least one.")
         if not len(report.hashes):
-            first = ": ".join(report.skipped[0])
-            raise ImagesError(f"None of the {len(report.skipped)} images could be read. The first: {first}")
+            raise none_read(report.skipped)
 
     def name(self, place: int) -> str:
         """The file at a place (`shard.tar/member.jpg` in a shard); for tensors, the place."""

@@ -14,7 +14,7 @@ from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.split_layers import SplitLayer
 from elude_runtime.offline.collect import LayerStatistics, State, run_layers, token_inputs
 from elude_runtime.offline.image_files import spread
-from elude_runtime.offline.images import Batch, ImageSource, Progress
+from elude_runtime.offline.images import Batch, ImageSource, Progress, none_read
 from elude_runtime.offline.input_cache import InputCache
 from elude_runtime.offline.ranks import Ranks
 from elude_runtime.offline.resume import Resume
@@ -73,8 +73,7 @@ class Passes:
                     one.merge(other)
         self.resume.basis = images.digest
         if not images.hashes:
-            first = f" The first: {': '.join(images.skipped[0])}" if images.skipped else ""
-            raise ImagesError(f"None of the {len(images.skipped)} images could be read.{first}")
+            raise none_read(images.skipped)
         for one in own:
             if not all(bool(torch.isfinite(one.mean(t)).all()) for t in range(len(one.tokens))):
                 raise ModelError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from elude_runtime.offline.catalogue.answers import Answers
 from elude_runtime.offline.catalogue.best_images import NOWHERE
+from elude_runtime.offline.catalogue.layer_pass import TOP
 
 NAMED = 3  # classes of an end at most
 LONGEST = 60  # characters
@@ -20,29 +22,41 @@ _AT_ONCE = 16_000_000  # logits gathered at once
 _BETWEEN = " ↔ "  # what is between the ends
 
 
-def shown_classes(places: Tensor, answers: Answers, classes: Sequence[str]) -> Tensor:
-    """int64 [F, 3]: the classes that stand out among the top images of an end, the most first, -1 where there is none.
+class StandingOut:
+    """Which classes stand out among the top images of an end.
 
-    places int64 [n, F]; classes: their names, and without any none stands out. What counts is what the model says of
-    all top images together, not only its first answers: the mean of a class's centred logit over them, above its mean
-    over all images, in standard errors. A class stands out where this is more than the largest of any class for all but
-    one in a hundred ends of as many images drawn at random. An end needs three images, and a catalogue twenty.
+    What counts is what the model says of all top images together, not only its first answers: the mean of a class's
+    centred logit over them, above its mean over all images, in standard errors. A class stands out where this is more
+    than the largest of any class for all but one in a hundred ends of as many images drawn at random. An end needs
+    three images, and a catalogue twenty. classes: their names, and without any none stands out.
     """
-    features = places.shape[1]
-    shown = torch.full((features, NAMED), -1)
-    if not classes or answers.count < _FEWEST_READ:
+
+    def __init__(self, answers: Answers, classes: Sequence[str]) -> None:
+        """answers: of a pass that has ended."""
+        self.answers, self.classes = answers, classes
+
+    @cached_property
+    def _least(self) -> Tensor:
+        """float32 [TOP + 1], by the number of an end's images: what a class has to reach."""
+        return torch.cat([torch.full((_FEWEST,), torch.inf), _by_chance(self.answers, TOP)])
+
+    def shown(self, places: Tensor) -> Tensor:
+        """int64 [F, 3]: the classes of F ends that stand out, the most first, -1 where there is none. places int64
+        [n, F], n at most `TOP`."""
+        answers, features = self.answers, places.shape[1]
+        shown = torch.full((features, NAMED), -1)
+        if not self.classes or answers.count < _FEWEST_READ:
+            return shown
+        step = max(1, _AT_ONCE // (len(places) * len(self.classes)))
+        for start in range(0, features, step):
+            part = places[:, start : start + step]
+            there = part != NOWHERE
+            rows = answers.rows(torch.where(there, part, answers.places[0]))
+            errors = _standard_errors(answers, answers.logits[rows], there)
+            found = errors.topk(min(NAMED, len(self.classes)), dim=1)
+            named = torch.where(found.values > self._least[there.sum(0)][:, None], found.indices, -1)
+            shown[start : start + step, : named.shape[1]] = named
         return shown
-    least = torch.cat([torch.full((_FEWEST,), torch.inf), _by_chance(answers, len(places))])
-    step = max(1, _AT_ONCE // (len(places) * len(classes)))
-    for start in range(0, features, step):
-        part = places[:, start : start + step]
-        there = part != NOWHERE
-        rows = answers.rows(torch.where(there, part, answers.places[0]))
-        errors = _standard_errors(answers, answers.logits[rows], there)
-        found = errors.topk(min(NAMED, len(classes)), dim=1)
-        named = torch.where(found.values > least[there.sum(0)][:, None], found.indices, -1)
-        shown[start : start + step, : named.shape[1]] = named
-    return shown
 
 
 def _standard_errors(answers: Answers, logits: Tensor, there: Tensor) -> Tensor:
@@ -72,7 +86,7 @@ def _by_chance(answers: Answers, most: int) -> Tensor:
 
 
 def label_texts(positive: Tensor, negative: Tensor, classes: Sequence[str]) -> list[str]:
-    """The labels of F features from what `shown_classes` says of both ends, [F, 3] each: `zebra, sorrel ↔ minivan`, or
+    """The labels of F features from what `StandingOut` says of both ends, [F, 3] each: `zebra, sorrel ↔ minivan`, or
     nothing."""
     return [_label(p, n, classes) for p, n in zip(positive.tolist(), negative.tolist(), strict=True)]
 

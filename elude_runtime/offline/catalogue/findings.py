@@ -11,8 +11,7 @@ import torch
 
 from elude_runtime.checkpoint.exemplars import DUPLICATE, INPUT, NEGATIVE, POSITIVE
 from elude_runtime.network.tokens import LETTERS, POSITION
-from elude_runtime.offline.catalogue.answers import Answers
-from elude_runtime.offline.catalogue.automatic_labels import label_texts, shown_classes
+from elude_runtime.offline.catalogue.automatic_labels import StandingOut, label_texts
 from elude_runtime.offline.catalogue.effects import LISTED, ClassEffects
 from elude_runtime.offline.catalogue.image_pass import ImagePass
 from elude_runtime.offline.catalogue.layer_pass import TOP, LayerPass, TypePass
@@ -57,10 +56,10 @@ class Findings:
         cls, passed: ImagePass, effects: Mapping[str, Sequence[ClassEffects | None]], classes: Sequence[str]
     ) -> Findings:
         """effects: of each layer's token types; classes: their names, none where the model has no labels."""
-        types, groups = [], []
+        types, groups, standing = [], [], StandingOut(passed.answers, classes)
         for name, layer in passed.layers.items():
             for one, effect in zip(layer.types, effects[name], strict=True):
-                types.append(_type_findings(layer, one, passed.answers, classes, effect))
+                types.append(_type_findings(layer, one, standing, effect))
                 groups += types[-1].groups
                 groups += _neuron_groups(name, one)
             groups.append(_input_group(layer))
@@ -68,18 +67,18 @@ class Findings:
 
 
 def _type_findings(
-    layer: LayerPass, one: TypePass, answers: Answers, classes: Sequence[str], effects: ClassEffects | None
+    layer: LayerPass, one: TypePass, standing: StandingOut, effects: ClassEffects | None
 ) -> TypeFindings:
     names = [f.name for f in one.own.features]
     groups, labels = [], list[str]()
     for block in one.blocks:
         shown = {
-            POSITIVE: shown_classes(block.positive.places[:TOP], answers, classes),
-            NEGATIVE: shown_classes(block.negative.places[:TOP], answers, classes),
+            POSITIVE: standing.shown(block.positive.places[:TOP]),
+            NEGATIVE: standing.shown(block.negative.places[:TOP]),
         }
         own = names[len(labels) : len(labels) + len(block.readout)]
-        groups.append(Group(own, block_roles(block, answers, shown)))
-        labels += label_texts(shown[POSITIVE], shown[NEGATIVE], classes)
+        groups.append(Group(own, block_roles(block, standing.answers, shown)))
+        labels += label_texts(shown[POSITIVE], shown[NEGATIVE], standing.classes)
     channels, links = layer.split.linear.groups * layer.split.linear.inputs, None
     if one.moments.kept and names:
         concepts = sum(f.neuron is None for f in one.own.features)

@@ -15,7 +15,7 @@ from elude_runtime.offline.catalogue.answers import Answers
 from elude_runtime.offline.catalogue.draws import Draws
 from elude_runtime.offline.catalogue.layer_pass import LayerPass
 from elude_runtime.offline.collect import State
-from elude_runtime.offline.images import Batch, ImageSource, Progress
+from elude_runtime.offline.images import Batch, ImageSource, Progress, none_read
 from elude_runtime.offline.resume import Resume
 
 SKIPPED_NAMED = 100
@@ -35,7 +35,7 @@ class Skipped:
 
 
 class ImagePass:
-    """Everything kept of the images, in memory that their number does not grow."""
+    """Everything kept of the images, in memory that the number of features bounds, and not that of images."""
 
     def __init__(self, model: EludeModel, layers: Mapping[str, LayerPass], seed: int) -> None:
         self.model, self.layers, self.draws = model, layers, Draws(seed)
@@ -58,8 +58,7 @@ class ImagePass:
             if resume.due():
                 resume.save(_STATE, self._state(batch.number + 1))
         if not self.answers.count:
-            first = f" The first: {': '.join(self.skipped.named[0])}" if self.skipped.named else ""
-            raise ImagesError(f"None of the {self.skipped.count} images could be read.{first}")
+            raise none_read(self.skipped.named, self.skipped.count)
 
     def _add(self, batch: Batch, source: ImageSource) -> None:
         model, parameter = self.model, next(self.model.base.parameters())

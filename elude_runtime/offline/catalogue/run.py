@@ -85,9 +85,9 @@ def make_catalogue(
     """Make the catalogue of a checkpoint from images (files of any kind that ImageSource takes, not tensors), in the
     place of an earlier one: `exemplars/`, and labels and classes in `features.parquet`.
 
-    layers: default all that the checkpoint splits; what an earlier catalogue says of others goes. Memory does not grow
-    with the number of images. A run that was killed goes on where it was. EludeError (a subclass says which part) with
-    one sentence.
+    layers: default all that the checkpoint splits; what an earlier catalogue says of others goes. Memory is bounded by
+    the number of features, not of images. A run that was killed goes on where it was. EludeError (a subclass says which
+    part) with one sentence.
     """
     checkpoint, options = Path(checkpoint), options or CatalogueOptions()
     report = progress or (lambda *_: None)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elude_runtime.offline.catalogue.answers import Answers
-from elude_runtime.offline.catalogue.automatic_labels import LONGEST, label_texts, shown_classes
+from elude_runtime.offline.catalogue.automatic_labels import LONGEST, StandingOut, label_texts
 from elude_runtime.offline.catalogue.best_images import NOWHERE
 from elude_runtime.offline.catalogue.draws import Draws
 
@@ -20,6 +20,10 @@ def answers_of(logits: Tensor) -> Answers:
     for places in torch.arange(len(logits)).split(64):
         answers.add(places, bytes(16 * len(places)), logits[places], Draws(0).of(places, 1)[0])
     return answers
+
+
+def shown_classes(places: Tensor, answers: Answers, classes: list[str]) -> Tensor:
+    return StandingOut(answers, classes).shown(places)
 
 
 @pytest.fixture
