@@ -77,7 +77,8 @@ def _print(result: CatalogueResult, checkpoint: Path) -> None:
     labels = result.labels
     print(f"  labels: {labels['automatic']} automatic, {labels['user']} given by people")
     print(f"  thumbnails: {result.thumbnails}, {size_text(result.thumbnail_bytes)}")
-    print(f"Next: elude search {checkpoint} TEXT, or elude inspect {checkpoint} FEATURE")
+    print(f"Next: elude report {checkpoint} --out DIR, or elude explore {checkpoint}, to look at them;")
+    print(f"as text, elude search {checkpoint} TEXT, elude inspect {checkpoint} FEATURE")
 
 
 def _document(result: CatalogueResult) -> dict[str, object]:

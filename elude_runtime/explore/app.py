@@ -24,14 +24,13 @@ from elude_runtime.api.problems import invalid_document
 from elude_runtime.api.schema.base import LONGEST_LIST, Document, FeatureName, Name
 from elude_runtime.api.schema.json_text import JSONError, parse_json
 from elude_runtime.api.schema.operations import FeaturesRequest
-from elude_runtime.api.schema.reply import ProblemDocument
 from elude_runtime.api.schema.request import Change, Policy, Request, Steer
 from elude_runtime.client import ProblemError
 from elude_runtime.errors import CheckpointError, EludeError
 from elude_runtime.explore.guard import Guard
 from elude_runtime.explore.images import ImageStore
 from elude_runtime.explore.material import Material
-from elude_runtime.explore.served import Answer, ServedModel
+from elude_runtime.explore.served import Answer, ServedModel, problem
 
 D = TypeVar("D", bound=Document)
 _LONGEST_DOCUMENT = 1_000_000
@@ -58,14 +57,6 @@ class NewPolicy(Document):
     name: Name
     description: Annotated[str, Field(max_length=500)] | None = None
     change: Change
-
-
-class Refusal(Exception):
-    """A request that the explorer itself does not carry out."""
-
-    def __init__(self, status: int, kind: str, title: str, detail: str) -> None:
-        super().__init__(kind)
-        self.document = ProblemDocument(type=kind, title=title, status=status, detail=detail)
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ def _application(explorer: Explorer) -> Starlette:
             Route("/api/policies", service.policy, methods=["POST"]),
             Mount("/", _Pages(directory=explorer.pages, html=True)),
         ],
-        exception_handlers={Refusal: _refused, ProblemError: service.problem, EludeError: _user_error},
+        exception_handlers={ProblemError: service.problem, EludeError: service.user_error},
         lifespan=lifespan,
     )
 
@@ -154,21 +145,21 @@ class _Service:
         """The thumbnail of an exemplar image."""
         file = self._material.sample(request.path_params["number"])
         if file is None:
-            raise Refusal(404, "unknown-image", "No such image", "The catalogue has no picture of this number.")
+            raise problem("unknown-image", "No such image", "The catalogue has no picture of this number.", 404)
         return FileResponse(file, headers={"Cache-Control": "no-cache"})
 
     async def original(self, request: WebRequest) -> Response:
         """An exemplar image itself, where it has not moved or changed."""
         encoded = await run_in_threadpool(self._material.original, request.path_params["number"])
         if encoded is None:
-            raise Refusal(404, "unknown-image", "The image has moved", "Its file is not there any more, or another.")
+            raise problem("unknown-image", "The image has moved", "Its file is not there any more, or another.", 404)
         return Response(encoded, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
 
     async def image(self, request: WebRequest) -> Response:
         """Keeps an image for questions about it."""
         encoded = await _body(request, self._image_limit, "The image")
         if not encoded:
-            raise Refusal(422, "invalid-image", "The image is empty", "The file has no bytes; choose another.")
+            raise problem("invalid-image", "The image is empty", "The file has no bytes; choose another.", 422)
         return JSONResponse({"image": self._images.put(encoded)})
 
     async def ask(self, request: WebRequest) -> Response:
@@ -176,12 +167,12 @@ class _Service:
         asked = await _document(request, Ask)
         extra = asked.request.model_fields_set & {"id", "expect", "image"}
         if extra:
-            raise Refusal(
-                422, "invalid-document", "Not for the explorer", f"request.{min(extra)}: the explorer sets it itself."
+            raise problem(
+                "invalid-document", "Not for the explorer", f"request.{min(extra)}: the explorer sets it itself.", 422
             )
         image = self._images.get(asked.image)
         if image is None:
-            raise Refusal(404, "unknown-image", "The image is not here any more", "Send the image again.")
+            raise problem("unknown-image", "The image is not here any more", "Send the image again.", 404)
         return _response(await self._served.ask(image, asked.request))
 
     async def features(self, request: WebRequest) -> Response:
@@ -215,32 +206,36 @@ class _Service:
         assert isinstance(error, ProblemError)
         return _response(self._served.problem(error))
 
+    def user_error(self, request: WebRequest, error: Exception) -> Response:
+        """What the checkpoint or the disk refuses, in its own sentence."""
+        kind = "checkpoint" if isinstance(error, CheckpointError) else "storage"
+        return self.problem(request, problem(kind, "It could not be stored", str(error), 409))
+
 
 # --- bodies and replies -----------------------------------------------------------------------------------------------
 
 
 async def _body(request: WebRequest, limit: int, what: str) -> bytes:
-    """The whole body. Refusal for one that is larger than the limit, without reading it to its end."""
+    """The whole body. ProblemError for one that is larger than the limit, without reading it to its end."""
     made = bytearray()
     async for chunk in request.stream():
         made += chunk
         if len(made) > limit:
-            raise Refusal(
-                413, "image-too-large", f"{what} is too large", f"{what} has more than {limit:,} bytes, the limit."
-            )
+            detail = f"{what} has more than {limit:,} bytes, the limit."
+            raise problem("image-too-large", f"{what} is too large", detail, 413)
     return bytes(made)
 
 
 async def _document(request: WebRequest, kind: type[D]) -> D:
     """The validated document of a JSON body."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise Refusal(415, "unsupported-content-type", "Unsupported content type", "Send application/json.")
+        raise problem("unsupported-content-type", "Unsupported content type", "Send application/json.", 415)
     body = await _body(request, _LONGEST_DOCUMENT, "The document")
     try:
         values = parse_json(body, _DEPTH)
         return kind.model_validate(values)
     except JSONError as error:
-        raise Refusal(400, "not-json", "The body is not JSON", str(error)) from error
+        raise problem("not-json", "The body is not JSON", str(error), 400) from error
     except ValidationError as error:
         raise ProblemError(invalid_document(error, values).document(), None) from error
 
@@ -255,19 +250,3 @@ def _blank_image() -> bytes:
 def _response(answer: Answer) -> Response:
     headers = {"Cache-Control": "no-store", **answer.headers}
     return Response(answer.body, answer.status, headers, answer.media_type)
-
-
-def _refused(request: WebRequest, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _problem(error.document)
-
-
-def _user_error(request: WebRequest, error: Exception) -> Response:
-    """What the checkpoint or the disk refuses, in its own sentence."""
-    kind = "checkpoint" if isinstance(error, CheckpointError) else "storage"
-    return _problem(ProblemDocument(type=kind, title="It could not be stored", status=409, detail=str(error)))
-
-
-def _problem(document: ProblemDocument) -> Response:
-    body = document.model_dump_json(exclude_none=True)
-    return Response(body, document.status, {"Cache-Control": "no-store"}, "application/problem+json")

@@ -70,14 +70,14 @@ class ServedModel:
         except ProblemError as error:
             if error.problem.type != "server-reply":
                 raise
-            raise _problem(
+            raise problem(
                 "server-other-version",
                 "The server does not describe itself as this explorer needs",
                 f"{self.url} is an older version, or another service: {_first(error.problem.detail)} "
                 "Serve an archive made by this version (elude archive).",
             ) from error
         if described.model.checkpoint_sha256 != self.checkpoint_sha256:
-            raise _problem(
+            raise problem(
                 "other-checkpoint",
                 "The server serves another checkpoint",
                 f"The model {self.model} at {self.url} is of checkpoint {described.model.checkpoint_sha256[:12]}, the "
@@ -124,7 +124,8 @@ class ServedModel:
         return body.replace(self._key, _IN_PLACE_OF_THE_KEY) if self._key else body
 
 
-def _problem(kind: str, title: str, detail: str, status: int = 502) -> ProblemError:
+def problem(kind: str, title: str, detail: str, status: int = 502) -> ProblemError:
+    """A problem that the explorer itself states."""
     return ProblemError(ProblemDocument(type=kind, title=title, status=status, detail=detail), None)
 
 
