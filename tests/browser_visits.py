@@ -118,7 +118,7 @@ def visits(chrome: Browser) -> Iterator[Visits]:
     yield made
     for context in chrome.contexts:
         context.close()
-    assert not made.problems
+    assert not made.problems, made.problems  # spelled out: asserts of this module are not rewritten by pytest
 
 
 @pytest.fixture(scope="session")

@@ -182,8 +182,8 @@ def _print(result: Evaluation) -> None:
 def _print_seconds(seconds: Mapping[str, float]) -> None:
     """One line, the longest phase first, without those that hardly count."""
     total = seconds["total"]
-    phases = sorted(((s, name) for name, s in seconds.items() if name != "total" and s >= total / 100), reverse=True)
-    parts = ", ".join(f"{name} {s:.0f}" for s, name in phases)
+    phases = [(name, s) for name, s in seconds.items() if name != "total" and s >= total / 100]
+    parts = ", ".join(f"{name} {s:.0f}" for name, s in sorted(phases, key=lambda phase: -phase[1]))
     console.print(f"{total:.0f} seconds: {parts}", highlight=False, soft_wrap=True)
 
 

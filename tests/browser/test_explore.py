@@ -43,7 +43,7 @@ from elude_runtime.offline.catalogue.run import make_catalogue
 from elude_runtime.offline.feature_table import labelled, read_table, replace_table
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 LAYER = "blocks.1.mlp.fc2"
 MINUS = "\u2212"
@@ -127,7 +127,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 @pytest.fixture
-def explore(live: Live, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
+def explore(live: Live, chrome: Browser, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
     """`explore(model="demo", checkpoint=…)`: an explorer of a served model."""
     with ExitStack() as stack:
 
@@ -143,6 +143,8 @@ def explore(live: Live, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
             return Opened(f"{address}/?key={explorer.secret}", wire, checkpoint)
 
         yield start
+        for context in chrome.contexts:  # a page that outlives its explorer complains that it is refused
+            context.close()
 
 
 @pytest.fixture
