@@ -27,6 +27,11 @@ _FORMAT_VERSION = 1
 _WORDS = ("kind", "layer", "token_type", "concept", "label", "label_source")
 _NUMBERS = ("mean", "std", "density", "share")
 _QUANTILE = re.compile(r"q\d\d")
+_DECILES = tuple(f"d{tenth}0" for tenth in range(1, 10))
+_BIN_EDGES = ("q01", *_DECILES, "q99")
+BIN_SHARES = (0.01, 0.09, *[0.1] * 8, 0.09, 0.01)
+"""Of the calibration's tokens, the share between two of a feature's bin edges, and beyond the outermost."""
+_EDGES = "drift_edges"  # of the parquet table: the deciles as a list
 _LONGEST_QUERY = 200  # characters that count
 _NO_MATCH = 9
 
@@ -106,6 +111,16 @@ class FeatureCatalogue:
         row = self._row(name)
         return None if row is None else self._facts(row)
 
+    def bin_edges(self, name: str) -> NDArray[np.float32] | None:
+        """The 11 quantiles of a feature's activation on calibration tokens that part them into `BIN_SHARES`. None for
+        an unknown feature, a table made before they were kept, and where some are equal: nearly all of its activations
+        are the same."""
+        row, numbers = self._row(name), self._columns.numbers
+        if row is None or not all(edge in numbers for edge in _BIN_EDGES):
+            return None
+        edges = np.array([numbers[edge][row] for edge in _BIN_EDGES], dtype=np.float32)
+        return edges if bool((np.diff(edges) > 0).all()) else None
+
     def search(
         self,
         query: str | None = None,
@@ -173,7 +188,7 @@ class FeatureCatalogue:
             size=int(c.size[row]),
             mean=numbers["mean"],
             std=numbers["std"],
-            quantiles={name: value for name, value in numbers.items() if name not in _NUMBERS},
+            quantiles={name: value for name, value in numbers.items() if _QUANTILE.fullmatch(name)},
             density=numbers["density"],
             share=numbers["share"],
         )
@@ -286,15 +301,23 @@ def _from_parquet(path: Path) -> _Columns:
             values, codes = np.unique(np.array(_texts(table[name].to_pylist()), dtype=object), return_inverse=True)
             words[name] = _Words(values.tolist(), codes.astype(np.int32))
         numbers = {name: table[name].to_numpy().astype(np.float32) for name in numeric}
+        if _EDGES in pq.read_schema(path).names:
+            numbers.update(_deciles(pq.read_table(path, columns=[_EDGES])[_EDGES].to_pylist()))
         size = table["size"].to_numpy().astype(np.int32)
         return _Columns(_encoded(_texts(table["feature"].to_pylist())), size, words, numbers)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise _damaged(path, error) from error
 
 
+def _deciles(lists: Sequence[Sequence[float]]) -> dict[str, NDArray[np.float32]]:
+    """A column of lists as nine columns. ValueError for lists of another length."""
+    table = np.array(lists, dtype=np.float32).reshape(len(lists), len(_DECILES))
+    return {name: table[:, place].copy() for place, name in enumerate(_DECILES)}
+
+
 def _numeric(columns: Iterable[str]) -> list[str]:
-    """The columns of numbers: the quantiles that there are, in order, and what every table has."""
-    return [*sorted(name for name in columns if _QUANTILE.fullmatch(name)), *_NUMBERS]
+    """The columns of numbers: the quantiles and deciles that there are, in order, and what every table has."""
+    return [*sorted(name for name in columns if _QUANTILE.fullmatch(name) or name in _DECILES), *_NUMBERS]
 
 
 def _encoded(names: list[str]) -> NDArray[np.bytes_]:
