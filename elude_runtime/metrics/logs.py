@@ -7,9 +7,10 @@ import logging
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from elude_runtime.api.seen import Seen
+if TYPE_CHECKING:
+    from elude_runtime.api.seen import Seen
 
 requests = logging.getLogger("elude_runtime.requests")
 # version, trace id, parent id, flags (W3C Trace Context, section 3.2.2)

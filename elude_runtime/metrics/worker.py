@@ -6,13 +6,15 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 
-from elude_runtime.api.seen import Seen
 from elude_runtime.metrics.declared import DECLARED, Declared, of_port
 from elude_runtime.metrics.slots import Slot
+
+if TYPE_CHECKING:
+    from elude_runtime.api.seen import Seen
 
 _STATM = Path("/proc/self/statm")  # Linux; elsewhere there is no such metric
 _MEMORY_SECONDS = 5.0
