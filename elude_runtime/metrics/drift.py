@@ -143,8 +143,11 @@ class DriftWatch:
 
         def keep(layer: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: Any) -> None:
-                # a copy: the rest of the pass may change it in place, and a view would hold the whole batch
-                inputs[layer] = by_image(args[0], images)[rows].clone()
+                try:
+                    # indexing copies: the pass may go on to change it in place, and a view would hold the whole batch
+                    inputs[layer] = by_image(args[0], images)[rows]
+                except Exception:  # an answer is worth more
+                    logger.exception("drift cannot look at %s", layer)
 
             return hook
 
@@ -155,6 +158,8 @@ class DriftWatch:
             finally:
                 for handle in handles:
                     handle.remove()
+        if inputs.keys() != self._modules.keys():
+            return
         try:
             self._queue.put_nowait(inputs)
         except queue.Full:
