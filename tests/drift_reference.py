@@ -1,4 +1,4 @@
-"""The population stability index, and what chance makes of it, written down once more: in numpy, from counts."""
+"""The population stability index, and what chance makes of it, written down once more in numpy."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ import numpy as np
 EXPECTED = np.array([0.01, 0.09, *[0.1] * 8, 0.09, 0.01])
 
 
-def bucket_shares(activations: Any, edges: Any) -> np.ndarray:
-    """[N, T] of one feature -> [N, 12], the share of an image's tokens in each bucket."""
-    return np.stack(
-        [np.bincount(np.searchsorted(edges, row), minlength=12) / len(row) for row in np.asarray(activations)]
-    )
+def peaks(activations: Any) -> np.ndarray:
+    """[N, T] of one feature -> [N]: the activation of largest absolute value."""
+    values = np.asarray(activations)
+    return values[np.arange(len(values)), np.abs(values).argmax(1)]
 
 
-def index(buckets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Counts [12] -> the index and the shares, with one image of the expected shares added."""
+def index(buckets: np.ndarray) -> float:
+    """Of counts [12], with one image of the expected shares added."""
     shares = (buckets + EXPECTED) / (buckets.sum() + 1)
-    return float(((shares - EXPECTED) * np.log(shares / EXPECTED)).sum()), shares
+    return float(((shares - EXPECTED) * np.log(shares / EXPECTED)).sum())
 
 
-def null(buckets: np.ndarray, squares: float, calibration: int) -> float:
-    """The index's mean where nothing moved: of n images against N of the calibration."""
-    n = buckets.sum()
-    _, shares = index(buckets)
-    return max(0.0, squares / n - float((shares**2 / EXPECTED).sum())) * (1 / n + 1 / calibration)
+def null(images: float, expected_images: float) -> float:
+    """The index's mean where nothing moved."""
+    return (len(EXPECTED) - 1) * (1 / images + 1 / expected_images)

@@ -86,22 +86,16 @@ DECLARED = {
         ),
         Declared(
             "elude_drift_bucket_total", "counter", "exporter",
-            "Sampled images by where a feature's activations on their tokens lie among the calibration's quantiles; an "
-            "image counts 1 over all buckets.",
+            "Sampled images by where a feature's peak lies among its quantiles over the catalogue's images: 00 below "
+            "the 1st percentile, 01 up to the first decile, … 11 above the 99th.",
             ("checkpoint", "feature", "bucket"),
         ),
         Declared(
-            "elude_drift_squares_total", "counter", "exporter",
-            "Of the sampled images, squared share of the tokens in a bucket over the share expected, summed: with the "
-            "buckets it gives the population stability index that chance alone makes.",
-            ("checkpoint", "feature"),
-        ),
-        Declared(
-            "elude_drift_expected_share", "gauge", "exporter", "Share of the calibration's tokens in a bucket.",
+            "elude_drift_expected_share", "gauge", "exporter", "Share of the catalogue's images in a bucket.",
             ("checkpoint", "bucket"), mode="livemax",
         ),
         Declared(
-            "elude_drift_calibration_images", "gauge", "exporter", "Images behind the expected shares.",
+            "elude_drift_expected_images", "gauge", "exporter", "Images behind the expected shares.",
             ("checkpoint",), mode="livemax",
         ),
         Declared("elude_drift_dropped_total", "counter", "exporter", "Sampled batches dropped, for want of time."),

@@ -81,17 +81,15 @@ class Monitor:
         if unknown:
             logger.warning("not watched for drift, for want of such a feature or of its quantiles: %s", unknown)
         if not groups:
-            logger.warning("no feature has quantiles to watch its drift by; make the checkpoint or archive again")
+            logger.warning("no feature is watched for drift: run `elude catalogue`, and archive again")
             return None
         counters = {feature: self._series(metrics, feature) for group in groups for feature in group.features}
         self._tell_what_is_watched(metrics, groups)
 
-        def count(feature: Feature, buckets: NDArray[np.float64], squares: float) -> None:
-            *into, square = counters[feature]
-            for counter, amount in zip(into, buckets.tolist(), strict=True):
+        def count(feature: Feature, buckets: NDArray[np.int64]) -> None:
+            for counter, amount in zip(counters[feature], buckets.tolist(), strict=True):
                 if amount:
                     counter.inc(amount)
-            square.inc(squares)
 
         return DriftWatch(
             engine.model, groups, config.drift_sample, count, lambda: metrics.add("elude_drift_dropped_total", 1)
@@ -101,8 +99,8 @@ class Monitor:
         checkpoint = self._checkpoint
         for number, share in enumerate(BIN_SHARES):
             metrics.set("elude_drift_expected_share", share, checkpoint=checkpoint, bucket=_bucket(number))
-        images = self._engine.model.manifest.calibration.images
-        metrics.set("elude_drift_calibration_images", images, checkpoint=checkpoint)
+        images = self._engine.catalogue.peak_images if self._engine.catalogue else 0
+        metrics.set("elude_drift_expected_images", images, checkpoint=checkpoint)
         for group in groups:
             for feature in group.features:
                 facts = self._engine.catalogue.facts(feature.name) if self._engine.catalogue else None
@@ -117,10 +115,9 @@ class Monitor:
         return self._engine.info.checkpoint_sha256[:12]
 
     def _series(self, metrics: WorkerMetrics, feature: Feature) -> list[Any]:
-        """The counters of one feature: its buckets, and the squares last."""
+        """The counters of one feature, by bucket."""
         own = {"checkpoint": self._checkpoint, "feature": feature.name}
-        found = [metrics.series("elude_drift_bucket_total", **own, bucket=_bucket(n)) for n in range(len(BIN_SHARES))]
-        return [*found, metrics.series("elude_drift_squares_total", **own)]
+        return [metrics.series("elude_drift_bucket_total", **own, bucket=_bucket(n)) for n in range(len(BIN_SHARES))]
 
 
 def _bucket(number: int) -> str:

@@ -9,17 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from drift_reference import EXPECTED, bucket_shares, index, null
+from drift_reference import EXPECTED, index, null, peaks
 from numpy.typing import NDArray
+from PIL import Image
 from support import VIT_ARGS, VIT_DATA, input_tensor, tiny_vit
 
 import elude_runtime as elude
 from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.model import EludeModel
-from elude_runtime.checkpoint.catalogue import BIN_SHARES, FeatureCatalogue, features_json, read_catalogue
+from elude_runtime.checkpoint.catalogue import (
+    BIN_SHARES,
+    PEAK_LEVELS,
+    FeatureCatalogue,
+    features_json,
+    read_catalogue,
+)
 from elude_runtime.metrics.drift import DriftWatch, Watched, count_bins, watched
+from elude_runtime.offline.catalogue.draws import Draws
+from elude_runtime.offline.catalogue.layer_pass import PEAK_IMAGES, Block
+from elude_runtime.offline.catalogue.run import make_catalogue
+from elude_runtime.offline.feature_table import read_table, replace_table
 
 IMAGES = 24
 
@@ -28,13 +40,11 @@ class Counted:
     """What a watch counted, by feature."""
 
     def __init__(self) -> None:
-        self.buckets: dict[str, NDArray[np.float64]] = {}
-        self.squares: dict[str, float] = {}
+        self.buckets: dict[str, NDArray[np.int64]] = {}
         self.dropped = 0
 
-    def count(self, feature: Feature, buckets: NDArray[np.float64], squares: float) -> None:
+    def count(self, feature: Feature, buckets: NDArray[np.int64]) -> None:
         self.buckets[feature.name] = self.buckets.get(feature.name, 0) + buckets
-        self.squares[feature.name] = self.squares.get(feature.name, 0.0) + squares
 
     def drop(self) -> None:
         self.dropped += 1
@@ -42,12 +52,19 @@ class Counted:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("drift") / "ckpt"
+    """A checkpoint with a catalogue of `IMAGES` images."""
+    path = tmp_path_factory.mktemp("drift")
+    (path / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(IMAGES):
+        noise = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path / "images" / f"{number:03d}.png")
     elude.rewrite(
-        tiny_vit(), input_tensor(VIT_DATA, IMAGES, 0), out=path, subunits=4, concepts=4, tokens=24,
-        data_config=VIT_DATA, model_args=VIT_ARGS,
+        tiny_vit(), path / "images", out=path / "ckpt", subunits=4, concepts=4, tokens=24, data_config=VIT_DATA,
+        model_args=VIT_ARGS,
     )  # fmt: skip
-    return path
+    make_catalogue(path / "ckpt", path / "images", workers=0)
+    return path / "ckpt"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +77,14 @@ def model(folder: Path) -> EludeModel:
 @pytest.fixture(scope="module")
 def catalogue(folder: Path) -> FeatureCatalogue:
     return read_catalogue(folder)
+
+
+@pytest.fixture(scope="module")
+def known(folder: Path, model: EludeModel) -> torch.Tensor:
+    """The catalogue's own images, as the model takes them."""
+    transform = model.data_config.transform()
+    files = sorted((folder.parent / "images").iterdir())
+    return torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
 
 
 def images(count: int, seed: int) -> torch.Tensor:
@@ -92,55 +117,56 @@ def test_the_counts_are_numpys_and_the_answers_the_same_bits(model: EludeModel, 
         assert not any(module._forward_pre_hooks for module in model.base.modules())
     looks.close()
     for name in names:
-        shares = np.concatenate(
-            [bucket_shares(activations(model, x, name), catalogue.bin_edges(name)) for x in batches]
-        )
-        np.testing.assert_allclose(counted.buckets[name], shares.sum(0), atol=1e-9)
-        assert counted.buckets[name].sum() == pytest.approx(8)
-        assert counted.squares[name] == pytest.approx((shares**2 / EXPECTED).sum(), rel=1e-9)
+        values = np.concatenate([peaks(activations(model, x, name)) for x in batches])
+        expected = np.bincount(np.searchsorted(catalogue.peak_edges(name), values), minlength=12)
+        np.testing.assert_array_equal(counted.buckets[name], expected)
     assert counted.dropped == 0 and tuple(EXPECTED) == BIN_SHARES
 
 
 def test_bins_exactly() -> None:
     edges = torch.linspace(-1, 1, 11).repeat(2, 1)
-    values = torch.tensor([[[-5.0, 0.05], [-0.95, 0.05]], [[5.0, 0.3], [0.95, 0.3]]])  # [B, T, F]
-    found = count_bins(values, edges)
+    values = torch.tensor([[[-5.0, 0.05], [4.0, 0.3]], [[0.1, 0.05], [0.95, -0.3]]])  # [B, T, F]
     expected = np.zeros((2, 12))
-    expected[0, [0, 1]] += 0.5
-    expected[0, [11, 10]] += 0.5
-    expected[1, [6, 7]] += 1
-    np.testing.assert_array_equal(found.buckets, expected)
-    np.testing.assert_allclose(found.squares, [2 * (0.25 / 0.01 + 0.25 / 0.09), 2 / 0.1])
+    expected[0, [0, 10]] = 1
+    expected[1, [7, 4]] = 1
+    np.testing.assert_array_equal(count_bins(values, edges), expected)
 
 
-def test_the_calibration_itself_has_the_expected_shares(model: EludeModel, catalogue: FeatureCatalogue) -> None:
-    groups, _ = watched(model, catalogue, [], 100)
-    counted = Counted()
-    looks = watch(model, groups, counted)
-    x = images(IMAGES, 0)
-    with looks.looking(len(x)), torch.no_grad():
-        model.record(x, [])
-    looks.close()
-    for name, buckets in counted.buckets.items():
-        if "/P" in name:  # class tokens are too few for a percentile
-            np.testing.assert_allclose(buckets / IMAGES, EXPECTED, atol=0.015)
+def test_the_catalogue_has_the_quantiles_of_peaks(
+    folder: Path, model: EludeModel, catalogue: FeatureCatalogue, known: torch.Tensor
+) -> None:
+    """Of concepts and sub-units, on both token types: numpy's, over the very images."""
+    groups, _ = watched(model, catalogue, [f"{model.layers[0]}/0/p0", f"{model.layers[0]}/1/c0"], 100)
+    assert catalogue.peak_images == IMAGES
+    for feature in (feature for group in groups for feature in group.features):
+        found = catalogue.peak_edges(feature.name)
+        expected = np.quantile(peaks(activations(model, known, feature.name)), PEAK_LEVELS)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_chance_is_taken_off_the_index(model: EludeModel, catalogue: FeatureCatalogue) -> None:
-    """Images drawn from the calibration itself: the index is as large as its null says, and would be 0 by no draw."""
-    groups, _ = watched(model, catalogue, [], 100)
-    names = [feature.name for group in groups for feature in group.features if "/P" in feature.name]
-    x, generator = images(IMAGES, 0), np.random.default_rng(0)
-    ratios = []
-    for name in names:
-        shares = bucket_shares(activations(model, x, name), catalogue.bin_edges(name))
-        for _ in range(40):
-            drawn = shares[generator.integers(IMAGES, size=60)]
-            buckets, squares = drawn.sum(0), float((drawn**2 / EXPECTED).sum())
-            # drawn from the calibration's own images: nothing is added for their own chance
-            ratios.append((index(buckets)[0], null(buckets, squares, 10**9)))
-    found, expected = np.mean(ratios, 0)
-    assert found / expected == pytest.approx(1, abs=0.15) and found > 0.001
+def test_chance_is_taken_off_the_index() -> None:
+    """Nothing moved: the index is on average what its null says, for the traffic's chance and the catalogue's own."""
+    generator, found = np.random.default_rng(0), []
+    for _ in range(400):
+        edges = np.quantile(generator.normal(size=500), PEAK_LEVELS)
+        found.append(index(np.bincount(np.searchsorted(edges, generator.normal(size=300)), minlength=12)))
+    assert np.mean(found) == pytest.approx(null(300, 500), rel=0.1) and min(found) > 0
+
+
+def test_a_part_of_many_images_stands_for_all(folder: Path) -> None:
+    """The peaks kept are those of images drawn, each as often as any other, by the seed alone."""
+    block = Block(torch.eye(2), torch.zeros(2), torch.zeros(2, 5), 1, False)
+    draws = Draws(0)
+    for start in range(0, 3000, 500):
+        places = torch.arange(start, start + 500)
+        block.add(places, torch.stack([places.float(), -places.float()], 1)[:, None], draws, 0)
+    kept = block.sampled_peaks()
+    assert kept.shape == (PEAK_IMAGES, 2) and len(kept[:, 0].unique()) == PEAK_IMAGES
+    assert torch.equal(kept[:, 0], -kept[:, 1])
+    assert float(kept[:, 0].mean()) == pytest.approx(1500, abs=4 * 3000 / 12**0.5 / PEAK_IMAGES**0.5)
+    again = Block(torch.eye(2), torch.zeros(2), torch.zeros(2, 5), 1, False)
+    again.restore(block.state())
+    assert torch.equal(again.sampled_peaks(), kept)
 
 
 def test_what_is_watched(model: EludeModel, catalogue: FeatureCatalogue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,21 +180,35 @@ def test_what_is_watched(model: EludeModel, catalogue: FeatureCatalogue, monkeyp
     assert names == set(sorted(shares, key=shares.__getitem__, reverse=True)[:3])
     assert unknown == ["nonsense", f"{model.layers[0]}/P99"]
     first = next(iter(shares))
-    own = catalogue.bin_edges
-    monkeypatch.setattr(catalogue, "bin_edges", lambda name: None if name == first else own(name))
+    own = catalogue.peak_edges
+    monkeypatch.setattr(catalogue, "peak_edges", lambda name: None if name == first else own(name))
     without, unknown = watched(model, catalogue, [first], 100)
     assert unknown == [first] and first not in {f.name for group in without for f in group.features}
 
 
-def test_an_archives_table_has_the_same_edges(folder: Path, catalogue: FeatureCatalogue, tmp_path: Path) -> None:
+def test_an_archives_table_has_the_same_edges(
+    folder: Path, model: EludeModel, catalogue: FeatureCatalogue, tmp_path: Path
+) -> None:
     (tmp_path / "features.json").write_bytes(features_json(folder))
     packed = read_catalogue(tmp_path)
-    name = f"{elude.load(folder).layers[0]}/P0"
-    edges = catalogue.bin_edges(name)
-    assert edges is not None and len(edges) == 11
-    np.testing.assert_array_equal(packed.bin_edges(name), edges)
-    assert packed.facts(name).quantiles.keys() == catalogue.facts(name).quantiles.keys()  # type: ignore[union-attr]
-    assert "d10" not in catalogue.facts(name).quantiles and catalogue.bin_edges("nonsense") is None  # type: ignore[union-attr]
+    name = f"{model.layers[0]}/P0"
+    np.testing.assert_array_equal(packed.peak_edges(name), catalogue.peak_edges(name))
+    assert packed.peak_images == IMAGES and packed.peak_edges("nonsense") is None
+    facts = packed.facts(name)
+    assert facts == catalogue.facts(name) and facts is not None and "peak01" not in facts.quantiles
+
+
+def test_without_a_catalogue_nothing_is_watched(folder: Path, model: EludeModel, tmp_path: Path) -> None:
+    table = read_table(folder)
+    fields = [table.schema.field(name) for name in ("peak_edges", "peak_images")]
+    for field in fields:
+        table = table.set_column(table.schema.get_field_index(field.name), field, pa.nulls(len(table), field.type))
+    replace_table(tmp_path, table)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "features.json").write_bytes(features_json(tmp_path))
+    for bare in (read_catalogue(tmp_path), read_catalogue(tmp_path / "packed")):
+        assert bare.peak_images == 0 and watched(model, bare, [], 100) == ([], [])
+        assert watched(model, bare, [f"{model.layers[0]}/P0"], 100) == ([], [f"{model.layers[0]}/P0"])
 
 
 def test_only_a_share_of_the_images_is_looked_at(model: EludeModel, catalogue: FeatureCatalogue) -> None:
@@ -210,7 +250,7 @@ def test_a_slow_count_drops_and_never_waits(model: EludeModel, catalogue: Featur
     gate.set()
     looks.close()
     (buckets,) = counted.buckets.values()
-    assert buckets.sum() == pytest.approx(9)
+    assert buckets.sum() == 9
 
 
 def test_a_layer_that_cannot_be_looked_at_costs_no_answer(
@@ -246,4 +286,4 @@ def test_a_failed_count_does_not_end_the_thread(
             model.record(images(1, 4), [])
     looks.close()
     (buckets,) = counted.buckets.values()
-    assert buckets.sum() == pytest.approx(1) and "counting drift failed" in caplog.text
+    assert buckets.sum() == 1 and "counting drift failed" in caplog.text
