@@ -34,7 +34,7 @@ from elude_runtime.cli.server_process import find_cause, require_programs, sessi
 from elude_runtime.cli.server_settings import ADDRESSES, free_ports, read_properties, write_settings
 from elude_runtime.cli.torchserve import Server
 from elude_runtime.errors import EludeError, ServerError
-from elude_runtime.package_files import shipped_file
+from elude_runtime.package_files import package_directory, shipped_file
 
 REFUSAL = "The digest of model.safetensors is not the one in elude.json: copy the checkpoint again."
 
@@ -50,6 +50,7 @@ class Row:
     explain: bool
     route: str
     request_id: str
+    traceparent: str
 
 @dataclass(frozen=True)
 class Reply:
@@ -104,13 +105,26 @@ class ServingConfig:
 """
 
 
+MONITOR = """
+class Monitor:
+    def __init__(self, engine):
+        pass
+
+    def saw(self, rows, replies):
+        return [("elude_rows_total", len(rows), ["predict", "200"])]
+"""
+
+
 def make_archive(store: Path, scratch: Path, name: str, refusal: str = "") -> None:
     """An archive of the shipped handler with a stand-in for the package, and time for batches to fill up."""
     stage = scratch / f"{name}-stage"
-    (stage / "elude_runtime" / "api").mkdir(parents=True)
+    for room in ("api", "metrics"):
+        (stage / "elude_runtime" / room).mkdir(parents=True)
     (stage / "checkpoint").mkdir()
     (stage / "checkpoint" / "refusal.txt").write_text(refusal)
     files = {"__init__.py": "", "api/__init__.py": "", "api/engine.py": ENGINE, "api/config.py": CONFIG}
+    logs = (package_directory() / "metrics" / "logs.py").read_text()
+    files |= {"metrics/__init__.py": "", "metrics/monitor.py": MONITOR, "metrics/logs.py": logs}
     for file, text in files.items():
         (stage / "elude_runtime" / file).write_text(text)
     config = scratch / "model-config.yaml"
@@ -385,7 +399,7 @@ def test_a_model_that_cannot_load_is_never_ready_and_says_why(store: Path, tmp_p
         assert REFUSAL in str(failure.value)
         session = server.pid
     assert session_members(session, 0) == []
-    assert REFUSAL in (tmp_path / "run" / "logs" / "ts_log.log").read_text() and not (tmp_path / "run" / "tmp").exists()
+    assert REFUSAL in (tmp_path / "run" / "logs" / "worker.jsonl").read_text() and not (tmp_path / "run" / "tmp").exists()
     with pytest.raises(ServerError, match="digest"), Server(store, ["refused.mar"]) as server:
         begin = time.monotonic()
         server.wait_ready(300)
