@@ -399,7 +399,9 @@ def test_a_model_that_cannot_load_is_never_ready_and_says_why(store: Path, tmp_p
         assert REFUSAL in str(failure.value)
         session = server.pid
     assert session_members(session, 0) == []
-    assert REFUSAL in (tmp_path / "run" / "logs" / "worker.jsonl").read_text() and not (tmp_path / "run" / "tmp").exists()
+    assert (
+        REFUSAL in (tmp_path / "run" / "logs" / "worker.jsonl").read_text() and not (tmp_path / "run" / "tmp").exists()
+    )
     with pytest.raises(ServerError, match="digest"), Server(store, ["refused.mar"]) as server:
         begin = time.monotonic()
         server.wait_ready(300)
