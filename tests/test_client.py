@@ -216,6 +216,56 @@ class TestSent:
             Service(ok()).client().steer(IMAGE, edits=[object()])
 
 
+class TestExpected:
+    """A client that is bound to one checkpoint."""
+
+    SHA = "ab" * 32
+    EXPECT: ClassVar[dict[str, Any]] = {"expect": {"checkpoint_sha256": SHA}}
+
+    def test_it_goes_with_every_request_but_describe(self) -> None:
+        page = TestOperations().page(0, cursor=None)
+        service = Service(ok(), ok(), ok(), page, httpx.Response(500))
+        client = service.client(checkpoint_sha256=self.SHA, retries=0)
+        client.predict(IMAGE)
+        assert service.document == self.EXPECT
+        client.explain(IMAGE)
+        assert service.document == {"explain": {}, **self.EXPECT}
+        client.request(IMAGE, {"top_k": 2})
+        assert service.document == {"top_k": 2, **self.EXPECT}
+        list(client.features("stripes"))
+        assert service.document == {"op": "features", "query": "stripes", **self.EXPECT}
+        with pytest.raises(ProblemError):
+            client.vectors("blocks.1", [IMAGE], [IMAGE])
+        assert service.document["expect"] == self.EXPECT["expect"]
+        with pytest.raises(ProblemError):  # how a client learns what is served now
+            client.describe()
+        assert service.document == {"op": "describe"}
+
+    def test_a_requests_own_goes_before_it(self) -> None:
+        service = Service(ok())
+        own = {"expect": {"checkpoint_sha256": "cd" * 32}}
+        client = service.client(checkpoint_sha256=self.SHA)
+        client.request(IMAGE, Request.model_validate(own))
+        assert service.document == own
+        client.request(IMAGE, own)
+        assert service.document == own
+
+    def test_no_digest(self) -> None:
+        with pytest.raises(SettingsError, match="64 hexadecimal digits"):
+            Client(URL, "vit", checkpoint_sha256="abc")
+
+    def test_the_other_client_too(self) -> None:
+        async def ask(service: Service) -> None:
+            settings: Any = {"transport": httpx.MockTransport(service), "checkpoint_sha256": self.SHA}
+            async with AsyncClient(URL, "vit", **settings) as client:
+                await client.predict(IMAGE)
+                assert service.document == self.EXPECT
+                assert [f.feature async for f in client.features()] == ["blocks.1/P0"]
+                assert service.document == {"op": "features", **self.EXPECT}
+
+        asyncio.run(ask(Service(ok(), TestOperations().page(0, cursor=None))))
+
+
 class TestImages:
     def test_a_path(self, tmp_path: Path) -> None:
         (tmp_path / "a.jpg").write_bytes(IMAGE)
@@ -497,7 +547,9 @@ class TestRetries:
             service.client(retries=0).predict(IMAGE)
         assert len(service.asked) == 1
 
-    @pytest.mark.parametrize("outcome", [worker_died(500), worker_died(507), httpx.Response(504)], ids=str)
+    @pytest.mark.parametrize(
+        "outcome", [worker_died(500), worker_died(507), httpx.Response(504)], ids=["500", "507", "504"]
+    )
     def test_what_may_have_ended_a_worker_is_asked_once_more(self, waits: list[float], outcome: Any) -> None:
         service = Service(outcome)
         with pytest.raises(ProblemError):

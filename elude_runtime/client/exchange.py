@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from elude_runtime.api.schema.reply import Reply
-from elude_runtime.api.schema.request import Request
+from elude_runtime.api.schema.request import Expect, Request
 from elude_runtime.client.lenient import read_reply
 from elude_runtime.client.problems import is_torchserves, problem_of, problem_of_document, problem_of_reply
 from elude_runtime.errors import ImagesError
@@ -105,13 +105,16 @@ def _as_list(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no place in a request document")
 
 
-def prediction(image: ImageLike, document: Request | Mapping[str, Any] | None) -> Exchange[Reply]:
+def prediction(
+    image: ImageLike, document: Request | Mapping[str, Any] | None, expect: Expect | None = None
+) -> Exchange[Reply]:
     """A request about one image. Defaults are left out, so that older servers take what they know; a dictionary goes
-    out as it is, so that newer ones can be asked for what this version does not know."""
+    out as it is, so that newer ones can be asked for what this version does not know. expect: where the document says
+    none itself."""
     if isinstance(document, Request):
-        text = document.model_dump_json(exclude_defaults=True).encode()
+        text = _expecting(document, expect).model_dump_json(exclude_defaults=True).encode()
     else:
-        text = _json(document or {})
+        text = _json(document or {} if expect is None else {"expect": expect, **(document or {})})
     encoded = encoded_image(image)
     if text == b"{}":
         # Declared as what it is: TorchServe takes a body without a type, or with a form's, apart into fields.
@@ -123,10 +126,17 @@ def prediction(image: ImageLike, document: Request | Mapping[str, Any] | None) -
     return Exchange(Reply, {"files": parts})
 
 
-def operation(document: BaseModel, reply: type[R]) -> Exchange[R]:
+def operation(document: BaseModel, reply: type[R], expect: Expect | None = None) -> Exchange[R]:
     """`features`, `vectors`, `describe`: by the document's `op`, which needs no version in the path."""
-    values = {"op": document.op, **document.model_dump(exclude_defaults=True)}  # type: ignore[attr-defined]
+    asked = _expecting(document, expect)
+    values = {"op": asked.op, **asked.model_dump(exclude_defaults=True)}  # type: ignore[attr-defined]
     return Exchange(reply, {"content": to_json(values), "headers": {"Content-Type": "application/json"}})
+
+
+def _expecting(document: D, expect: Expect | None) -> D:
+    if expect is None or document.expect is not None:  # type: ignore[attr-defined]
+        return document
+    return document.model_copy(update={"expect": expect})
 
 
 def encoded_image(image: ImageLike) -> bytes:
