@@ -35,7 +35,7 @@ http {{
     fastcgi_temp_path fastcgi;
     uwsgi_temp_path uwsgi;
     scgi_temp_path scgi;
-    include elude.conf;
+    include conf.d/*.conf;
 }}
 """
 
@@ -56,6 +56,7 @@ class Front:
         self.prefix, self.blue, self.green, self.change = prefix, list(blue), list(green or blue), change
         (self.port,) = free_ports(1)
         self.url = f"https://127.0.0.1:{self.port}"
+        self.file = prefix / "conf.d" / "elude.conf"
         self._process: subprocess.Popen[bytes] | None = None
 
     def write(self) -> None:
@@ -68,23 +69,28 @@ class Front:
             assert shown is not None, f"deploy/nginx.conf has no pool {pool}"
             line = re.sub(r"server \S+", "server {}", shown[1].splitlines(keepends=True)[0])
             text = _once(text, shown[1], "".join(line.format(instance) for instance in instances))
-        (self.prefix / "elude.conf").write_text(self.change(text), encoding="utf-8")
+        self.file.write_text(self.change(text), encoding="utf-8")
 
-    def start(self) -> Front:
+    def install(self) -> None:
+        """The files of deploy/ and keys for the tests' clients, where a distribution would have them."""
         folder = self.prefix / "elude"
-        folder.mkdir(parents=True)
-        (self.prefix / "nginx.conf").write_text(_MAIN.format(user=getpass.getuser()), encoding="utf-8")
+        folder.mkdir()
         lines = [f'"Bearer {key}" {name};\n' for name, key in KEYS.items()]
         (folder / "keys.map").write_text("".join(lines), encoding="utf-8")
         for file in (DEPLOY / "nginx").iterdir():
             shutil.copy(file, folder)
         (folder / "release.conf").symlink_to("blue.conf")
+
+    def start(self) -> Front:
+        self.file.parent.mkdir(parents=True)
+        (self.prefix / "nginx.conf").write_text(_MAIN.format(user=getpass.getuser()), encoding="utf-8")
+        self.install()
         make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
         make += " -addext subjectAltName=IP:127.0.0.1 -keyout tls.key -out tls.crt"
-        subprocess.run(make.split(), cwd=folder, check=True, capture_output=True, timeout=60)
+        subprocess.run(make.split(), cwd=self.prefix / "elude", check=True, capture_output=True, timeout=60)
         self.write()
         self.command("-t")
-        self._process = subprocess.Popen([*self._words(), "-g", "daemon off;"], stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen([*self.words(), "-g", "daemon off;"], stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             try:
@@ -96,14 +102,18 @@ class Front:
 
     def command(self, *words: str) -> None:
         """`nginx -t` or `nginx -s reload`, of this process."""
-        ran = subprocess.run([*self._words(), *words], capture_output=True, text=True, timeout=30, check=False)
+        ran = subprocess.run([*self.words(), *words], capture_output=True, text=True, timeout=30, check=False)
         assert ran.returncode == 0 and "[warn]" not in ran.stderr, ran.stderr
 
     def reload(self) -> None:
         """Returns when only workers of the new configuration take requests; the old ones finish theirs."""
+        self.settle(lambda: self.command("-s", "reload"))
+
+    def settle(self, reload: Callable[[], object]) -> None:
+        """The same, for a reload that somebody else asks for."""
         before = self.workers()
-        self.command("-s", "reload")
-        deadline = time.monotonic() + 10
+        reload()
+        deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             if len(self.workers() - before) == 2 and all(map(_shuts_down, before)):
                 return
@@ -170,7 +180,8 @@ class Front:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _words(self) -> list[str]:
+    def words(self) -> list[str]:
+        """`nginx`, of this prefix."""
         assert PROGRAM is not None
         return [PROGRAM, "-p", f"{self.prefix}/", "-c", str(self.prefix / "nginx.conf"), "-e", "error.log"]
 

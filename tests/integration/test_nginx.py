@@ -1,4 +1,4 @@
-"""deploy/nginx.conf before instances that misbehave on demand: keys, routes, limits, what is tried elsewhere, releases."""
+"""deploy/nginx.conf before instances that misbehave on demand: keys, routes, limits, second attempts, releases."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from nginx_front import DEPLOY, INSTALLED, KEYS, MISSING, Front
+from nginx_instance import Instance
 
 from elude_runtime.cli.server_settings import read_properties
 from elude_runtime.client import ProblemError
@@ -22,70 +21,6 @@ from elude_runtime.client.problems import SERVER_PROBLEMS
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason=MISSING)
 PREDICT = "/predictions/demo"
-PROBLEM = {"type": "non-finite-output", "title": "x", "status": 500, "detail": "y"}
-
-
-class Instance(ThreadingHTTPServer):
-    """Stands for one instance. mode: how it answers; asked: what arrived, as (method, path, headers, size)."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, name: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Answer)
-        self.name, self.mode, self.delay = name, "ok", 0.0
-        self.asked: list[tuple[str, str, dict[str, str], int]] = []
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server_port}"
-
-
-class _Answer(BaseHTTPRequestHandler):
-    server: Instance
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # one packet an answer
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.asked.append((self.command, self.path, headers, len(body)))
-        time.sleep(self.server.delay)
-        mode = self.server.mode
-        if mode == "cut":
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-        elif mode == "problem":
-            self.send(500, PROBLEM, "application/problem+json")
-        elif mode == "busy":
-            self.send(
-                503, {**PROBLEM, "type": "overloaded", "status": 503}, "application/problem+json", retry_after="0"
-            )
-        elif mode == "half":
-            self.send(200, {"by": self.server.name}, promised=1000)
-            self.close_connection = True
-        else:
-            self.send(200, {"by": self.server.name})
-
-    do_GET = do_POST
-
-    def send(self, status: int, values: Any, kind: str = "application/json", promised: int = 0, **more: str) -> None:
-        body = json.dumps(values).encode()
-        self.send_response(status)
-        headers = {
-            "Content-Type": kind,
-            "Content-Length": str(promised or len(body)),
-            "x-request-id": "torchserves-own",
-        }
-        headers |= {"pragma": "no-cache", "cache-control": "private", "expires": "Thu, 01 Jan 1970 00:00:00 UTC"}
-        for name, value in (headers | {k.replace("_", "-"): v for k, v in more.items()}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +99,8 @@ REFUSED = [
     ("DELETE", "/models/demo"), ("POST", "/models/demo/invoke"), ("POST", "/invocations"), ("GET", "/metrics"),
     ("OPTIONS", "/"), ("GET", "/api-description"), ("GET", PREDICT), ("PUT", PREDICT), ("OPTIONS", PREDICT),
     ("POST", "/predictions/"), ("POST", "/predictions/a/b/c/d"), ("POST", "/predictions/../models"),
-    ("POST", "/predictions/%2e%2e%2fmodels%2fdemo"), ("POST", "/v2/models/demo/1.0/infer"), ("POST", "/v2/repository/index"),
-    ("POST", "/token"), ("GET", "/"),
+    ("POST", "/predictions/%2e%2e%2fmodels%2fdemo"), ("POST", "/v2/models/demo/1.0/infer"),
+    ("POST", "/v2/repository/index"), ("POST", "/token"), ("GET", "/"),
 ]  # fmt: skip
 
 
@@ -179,11 +114,11 @@ class TestRoutes:
 
     @pytest.mark.parametrize(("method", "path"), REFUSED, ids=" ".join)
     def test_does_not(self, front: Front, instances: dict[str, Instance], method: str, path: str) -> None:
-        with socket.create_connection(("127.0.0.1", front.port)) as plain:  # httpx would tidy the path
-            with front.trust().wrap_socket(plain, server_hostname="127.0.0.1") as tls:
-                key = f"Authorization: Bearer {KEYS['ann']}"
-                tls.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\n{key}\r\nConnection: close\r\n\r\n".encode())
-                text = b"".join(iter(lambda: tls.recv(65536), b"")).decode()
+        lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {KEYS['ann']}", "Connection: close"]
+        plain = socket.create_connection(("127.0.0.1", front.port))  # httpx would tidy the path
+        with front.trust().wrap_socket(plain, server_hostname="127.0.0.1") as tls:
+            tls.sendall("".join(f"{line}\r\n" for line in [*lines, ""]).encode())
+            text = b"".join(iter(lambda: tls.recv(65536), b"")).decode()
         assert text.startswith("HTTP/1.1 404 ") and '"server-unknown-route"' in text
         assert not any(asked(instances).values())
 
@@ -245,7 +180,8 @@ class TestLimits:
         finally:
             front.rewrite(lambda text: text)
         refused = [r for r in replies if r.status_code == 429]
-        assert 3 <= len(refused) <= 6 and [r.status_code for r in replies[:6]] == [200] * 6
+        # nginx counts the burst either with the first request or beside it
+        assert 3 <= len(refused) <= 7 and [r.status_code for r in replies[:5]] == [200] * 5
         assert refused[0].json()["type"] == "server-unavailable" and refused[0].headers["retry-after"] == "1"
 
     def test_its_own_answers_are_of_the_clients_family(self) -> None:
