@@ -145,9 +145,15 @@ class Front:
         """The one that was switched to last."""
         return (self.prefix / "elude" / "release.conf").readlink().stem
 
-    def log(self) -> list[dict[str, Any]]:
-        """The access log."""
-        return [json.loads(line) for line in (self.prefix / "elude.log").read_text(encoding="utf-8").splitlines()]
+    def log(self, enough: Callable[[list[dict[str, Any]]], bool] = lambda _: True) -> list[dict[str, Any]]:
+        """The access log, whose lines are written after the answers: waits for what is to be in it."""
+        deadline = time.monotonic() + 10
+        while True:
+            lines = (self.prefix / "elude.log").read_text(encoding="utf-8").splitlines()
+            read = [json.loads(line) for line in lines]
+            if enough(read) or time.monotonic() > deadline:
+                return read
+            time.sleep(0.02)
 
     def trust(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=str(self.prefix / "elude" / "tls.crt"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import signal
@@ -154,6 +155,11 @@ class Load:
         if not close(reply.model_dump(exclude=away), expected.model_dump(exclude=away)):
             self.wrong.append(f"{identity}: {reply} instead of {expected}")
 
+    def log(self, since: int = 0) -> list[dict[str, Any]]:
+        """nginx's lines of this load's requests; since: how many there were before."""
+        lines = self.fleet.front.log(lambda lines: len(asked(lines[since:])) >= len(self.outcomes))
+        return asked(lines[since:])
+
     def failures(self, who: str) -> list[Outcome]:
         return [o for o in self.outcomes if o.who == who and o.problem is not None]
 
@@ -177,6 +183,10 @@ class Load:
             thread.join(90)
         for client in self._clients.values():
             client.close()
+
+
+def asked(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if line["asked"].startswith("POST")]
 
 
 def close(found: Any, expected: Any) -> bool:
@@ -243,7 +253,7 @@ def test_an_instance_is_killed_and_started_again(fleet: Fleet) -> None:
         fleet.front.rewrite(lambda text: text)
     assert load.wrong == []
     assert load.failures("patient") == []
-    lost = [line for line in fleet.front.log() if line["status"] != 200 and line["asked"].startswith("POST")]
+    lost = [line for line in load.log() if line["status"] != 200]
     assert 1 <= len(lost) <= 6, "at most one a thread"
     for line in lost:
         assert line["instances"] == fleet.address("a") and line["status"] == 502
@@ -270,7 +280,7 @@ def test_a_worker_is_killed(fleet: Fleet) -> None:
         load.wait(lambda: workers(fleet, "b") not in ([old], []) and answers_of(fleet, "b", since=died + 1) > 0)
     assert load.wrong == []
     assert load.failures("patient") == []
-    lost = [line for line in fleet.front.log()[seen:] if line["status"] != 200]
+    lost = [line for line in load.log(seen) if line["status"] != 200]
     assert 1 <= len(lost) <= 4, "a batch"
     assert {(line["instances"], line["status"] in (500, 507)) for line in lost} == {(fleet.address("b"), True)}
     assert len(load.failures("impatient")) == sum(line["client"] == "bob" for line in lost)
@@ -317,7 +327,7 @@ class TestBlueAndGreen:
         assert load.failures("patient") == []
         # An idle connection may be closed just when a client takes it up again: nothing was sent that nginx has seen.
         assert {o.problem.type for o in load.failures("impatient") if o.problem} <= {"server-unreachable"}
-        assert {line["status"] for line in pools.front.log() if line["end"] > start} == {200}
+        assert {line["status"] for line in load.log() if line["end"] > start} == {200}
         said = [o for o in load.outcomes if o.problem is None]
         assert {o.version for o in said if o.end < before_green or o.begin > blue} == {BLUE}
         assert {o.version for o in said if o.begin > green and o.end < before_blue} == {GREEN}
@@ -354,6 +364,14 @@ class TestBlueAndGreen:
                     model = client.predict(IMAGES[1]).model
                     assert (model.version, model.checkpoint_sha256) == (version, engine.info.checkpoint_sha256)
 
+    def test_the_other_client(self, pools: Fleet) -> None:
+        async def ask() -> list[Reply]:
+            async with pools.front.async_client("demo", timeout=60) as client:
+                return await asyncio.gather(*[client.predict(image) for image in IMAGES])
+
+        for number, reply in enumerate(asyncio.run(ask())):
+            assert close(reply.predictions[0].logit, pools.expected(BLUE, number, 0).predictions[0].logit)
+
     def test_without_a_proxy_by_torchserves_default_version(self, pools: Fleet) -> None:
         """Of one instance with both versions; `enable_model_api=false` forbids to load and to remove models only."""
         server = pools.servers["a"]
@@ -375,7 +393,7 @@ def test_as_shipped_nobody_notices(fleet: Fleet) -> None:
         load.wait(lambda: time.time() > died + 1)
     assert load.wrong == []
     assert load.failures("patient") == load.failures("impatient") == []
-    tried = [line for line in fleet.front.log()[seen:] if line["instances"].startswith(f"{fleet.address('b')}, ")]
+    tried = [line for line in load.log(seen) if line["instances"].startswith(f"{fleet.address('b')}, ")]
     assert tried and {line["status"] for line in tried} == {200}
     print(f"{len(load.outcomes)} requests, {len(tried)} answered by the other instance")
 
