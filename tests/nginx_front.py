@@ -159,12 +159,12 @@ class Front:
         return ssl.create_default_context(cafile=str(self.prefix / "elude" / "tls.crt"))
 
     def client(self, model: str, who: str = "ann", **settings: Any) -> Client:
-        settings.setdefault("token", KEYS[who])
+        settings = {"token": KEYS[who], "timeout": 60, **settings}
         return Client(self.url, model, transport=httpx.HTTPTransport(verify=self.trust()), **settings)
 
     def async_client(self, model: str, who: str = "ann", **settings: Any) -> AsyncClient:
-        transport = httpx.AsyncHTTPTransport(verify=self.trust())
-        return AsyncClient(self.url, model, token=KEYS[who], transport=transport, **settings)
+        settings = {"token": KEYS[who], "timeout": 60, **settings}
+        return AsyncClient(self.url, model, transport=httpx.AsyncHTTPTransport(verify=self.trust()), **settings)
 
     def http(self, who: str | None = "ann") -> httpx.Client:
         headers = {"Authorization": f"Bearer {KEYS[who]}"} if who else {}

@@ -119,8 +119,8 @@ class Load:
         self.wrong: list[str] = []
         self._end = threading.Event()
         self._clients = {
-            "patient": fleet.front.client("demo", "ann", timeout=60, retries=3),
-            "impatient": fleet.front.client("demo", "bob", timeout=60, retries=0),
+            "patient": fleet.front.client("demo", "ann", retries=3),
+            "impatient": fleet.front.client("demo", "bob", retries=0),
         }
         for version in fleet.engines:  # before the load, so that it has the processor for itself
             for image, document in itertools.product(range(len(IMAGES)), range(len(DOCUMENTS))):
@@ -366,7 +366,7 @@ class TestBlueAndGreen:
 
     def test_the_other_client(self, pools: Fleet) -> None:
         async def ask() -> list[Reply]:
-            async with pools.front.async_client("demo", timeout=60) as client:
+            async with pools.front.async_client("demo") as client:
                 return await asyncio.gather(*[client.predict(image) for image in IMAGES])
 
         for number, reply in enumerate(asyncio.run(ask())):
