@@ -442,6 +442,10 @@ def no_worker(_: httpx.Request) -> httpx.Response:
     return httpx.Response(503, text=text)
 
 
+def worker_died(_: httpx.Request) -> httpx.Response:
+    return httpx.Response(500, text=torchserve(500, "InternalServerException", "Worker died."))
+
+
 class TestRetries:
     def test_after_503_until_it_is_answered(self, waits: list[float]) -> None:
         service = Service(problem(BUSY, 503), no_worker, ok())
@@ -477,10 +481,40 @@ class TestRetries:
             Service(no_worker).client(retries=1).predict(IMAGE)
 
     @pytest.mark.parametrize(
+        "lost",
+        [
+            httpx.Response(429), httpx.Response(502, text="<html><title>502 Bad Gateway</title>"),
+            httpx.ReadError("reset"), httpx.WriteError("broken pipe"), httpx.RemoteProtocolError("disconnected"),
+        ],
+        ids=repr,
+    )  # fmt: skip
+    def test_where_the_server_was_lost(self, waits: list[float], lost: Any) -> None:
+        service = Service(lost, lost, lost, ok())
+        assert service.client().predict(IMAGE).id == "r1"
+        assert len(service.asked) == 4 and waits == [0.25, 0.5, 1.0]
+        service = Service(lost, ok())
+        with pytest.raises(ProblemError):
+            service.client(retries=0).predict(IMAGE)
+        assert len(service.asked) == 1
+
+    @pytest.mark.parametrize("outcome", [worker_died, httpx.Response(504)], ids=["500", "504"])
+    def test_what_may_have_ended_a_worker_is_asked_once_more(self, waits: list[float], outcome: Any) -> None:
+        service = Service(outcome)
+        with pytest.raises(ProblemError):
+            service.client(retries=9).predict(IMAGE)
+        assert len(service.asked) == 2 and waits == [0.25]
+        service = Service(outcome)
+        with pytest.raises(ProblemError):
+            service.client(retries=0).predict(IMAGE)
+        assert len(service.asked) == 1
+        assert Service(outcome, ok()).client().predict(IMAGE).id == "r1"
+
+    @pytest.mark.parametrize(
         "outcome",
         [
-            *(httpx.Response(s) for s in (400, 404, 413, 422, 429, 500, 502, 504, 507)),
-            httpx.ReadTimeout("x"), httpx.ReadError("x"), httpx.RemoteProtocolError("x"),
+            *(httpx.Response(s) for s in (400, 401, 404, 412, 413, 422, 500, 507)),
+            problem({**PROBLEM, "type": "internal-error", "status": 500}, 500),
+            httpx.ReadTimeout("x"), httpx.WriteTimeout("x"), httpx.PoolTimeout("x"),
         ],
         ids=repr,
     )  # fmt: skip
@@ -534,6 +568,11 @@ class TestAsync:
         service = Service(httpx.ConnectError("refused"), no_worker, problem())
         with pytest.raises(ProblemError, match="unknown-feature"):
             self.run(service, lambda c: c.predict(IMAGE))
+        assert len(service.asked) == 3 and waits == [0.25, 0.5]
+
+    def test_a_lost_server(self, waits: list[float]) -> None:
+        service = Service(httpx.Response(502), httpx.ReadError("reset"), ok())
+        assert self.run(service, lambda c: c.predict(IMAGE)).id == "r1"
         assert len(service.asked) == 3 and waits == [0.25, 0.5]
 
     def test_it_has_the_same_methods(self) -> None:

@@ -102,8 +102,9 @@ class Client(_Address):
 
     An image is encoded bytes, a path or a PIL image. Replies are the documents of `elude_runtime.api.schema`; those of
     a newer server are read too, without what this version does not know. All that goes wrong is a `ProblemError`.
-    timeout: seconds for each attempt; retries: further attempts after a 503 or where no connection came about, and
-    after nothing else. token: TorchServe's inference key. transport: httpx's, for a proxy, certificates, or tests.
+    timeout: seconds for each attempt; retries: further attempts where the server was busy, not there or lost on the
+    way (see `exchange.seconds_to_wait`), 0 for none. token: the proxy's key, or TorchServe's inference key.
+    transport: httpx's, for a proxy, certificates, or tests.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 from elude_runtime.api.schema.reply import Reply
 from elude_runtime.api.schema.request import Request
 from elude_runtime.client.lenient import read_reply
-from elude_runtime.client.problems import problem_of, problem_of_document, problem_of_reply
+from elude_runtime.client.problems import is_torchserves, problem_of, problem_of_document, problem_of_reply
 from elude_runtime.errors import ImagesError
 
 if TYPE_CHECKING:
@@ -162,16 +162,41 @@ def images_b64(images: Iterable[ImageLike]) -> list[dict[str, str]]:
 def seconds_to_wait(outcome: httpx.Response | httpx.HTTPError, attempt: int, retries: int) -> float | None:
     """How long to wait before asking again after attempt 0, 1, …; None for not at all.
 
-    Only where nothing was done: a 503, or no connection. Retry-After is kept to, up to `LONGEST_WAIT`; else the wait
-    doubles. Both get a random part, so that many clients do not come back at one moment.
+    Every call only computes, so it may be made twice. Asked again is where nothing was done (429, 503, no connection)
+    and where the server was lost with the request (502 of a proxy, a connection that broke off). Where the request
+    itself may be what ended a worker or took too long, it is asked once more and not again, so that it cannot take one
+    worker after another. A caller's own time limit and everything else are final. Retry-After is kept to, up to
+    `LONGEST_WAIT`; else the wait doubles. Both get a random part, so that many clients do not come back at one moment.
     """
-    refused = isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout)
-    if attempt >= retries or not (refused or (isinstance(outcome, httpx.Response) and outcome.status_code == 503)):
+    allowed = retries if _refused(outcome) or _lost(outcome) else min(retries, 1) if _suspect(outcome) else 0
+    if attempt >= allowed:
         return None
     grown = _FIRST_WAIT * 2**attempt
     asked = None if isinstance(outcome, httpx.HTTPError) else _retry_after(outcome.headers.get("retry-after", ""))
     wait = grown * random.uniform(0.5, 1.0) if asked is None else asked + grown * random.uniform(0.0, 0.5)
     return min(wait, LONGEST_WAIT)
+
+
+def _refused(outcome: httpx.Response | httpx.HTTPError) -> bool:
+    """Nothing was done: too many requests, no worker, no connection."""
+    if isinstance(outcome, httpx.Response):
+        return outcome.status_code in (429, 503)
+    return isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout)
+
+
+def _lost(outcome: httpx.Response | httpx.HTTPError) -> bool:
+    """The server went away with the request: the connection broke off, or a proxy's did."""
+    if isinstance(outcome, httpx.Response):
+        return outcome.status_code == 502
+    return isinstance(outcome, httpx.NetworkError | httpx.RemoteProtocolError)
+
+
+def _suspect(outcome: httpx.Response | httpx.HTTPError) -> bool:
+    """A worker died over the batch (TorchServe's own 500; the service's are problems and would come again), or a proxy
+    waited in vain."""
+    if not isinstance(outcome, httpx.Response):
+        return False
+    return outcome.status_code == 504 or (outcome.status_code == 500 and is_torchserves(outcome))
 
 
 def _retry_after(text: str) -> float | None:
