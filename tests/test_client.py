@@ -442,8 +442,8 @@ def no_worker(_: httpx.Request) -> httpx.Response:
     return httpx.Response(503, text=text)
 
 
-def worker_died(_: httpx.Request) -> httpx.Response:
-    return httpx.Response(500, text=torchserve(500, "InternalServerException", "Worker died."))
+def worker_died(status: int) -> Callable[[httpx.Request], httpx.Response]:
+    return lambda _: httpx.Response(status, text=torchserve(status, "InternalServerException", "Worker died."))
 
 
 class TestRetries:
@@ -497,7 +497,7 @@ class TestRetries:
             service.client(retries=0).predict(IMAGE)
         assert len(service.asked) == 1
 
-    @pytest.mark.parametrize("outcome", [worker_died, httpx.Response(504)], ids=["500", "504"])
+    @pytest.mark.parametrize("outcome", [worker_died(500), worker_died(507), httpx.Response(504)], ids=str)
     def test_what_may_have_ended_a_worker_is_asked_once_more(self, waits: list[float], outcome: Any) -> None:
         service = Service(outcome)
         with pytest.raises(ProblemError):

@@ -192,11 +192,9 @@ def _lost(outcome: httpx.Response | httpx.HTTPError) -> bool:
 
 
 def _suspect(outcome: httpx.Response | httpx.HTTPError) -> bool:
-    """A worker died over the batch (TorchServe's own 500; the service's are problems and would come again), or a proxy
-    waited in vain."""
-    if not isinstance(outcome, httpx.Response):
-        return False
-    return outcome.status_code == 504 or (outcome.status_code == 500 and is_torchserves(outcome))
+    """A worker died over the batch (TorchServe's own 500 or 507; the service's are problems and would come again), or
+    a proxy waited in vain."""
+    return isinstance(outcome, httpx.Response) and (outcome.status_code == 504 or is_torchserves(outcome))
 
 
 def _retry_after(text: str) -> float | None:
