@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import httpx
@@ -98,7 +99,12 @@ class Traffic:
         self._engine, self._name = engine, engine.info.name
         self.good = {kind: [one for image in images for one in [self._good(kind, make, image)]]
                      for kind, make in _kinds(engine, list(images)).items()}  # fmt: skip
-        self.bad = [*self._table(), *self._faults(), *self._poison(images[0])]
+        self._image = images[0]
+
+    @cached_property
+    def bad(self) -> list[Asked]:
+        """Every bad, strange and poisoned request."""
+        return [*self._table(), *self._faults(), *self._poison(self._image)]
 
     def drawn(self, seed: int, bad: float = 0.05) -> Iterator[Asked]:
         """An endless mix, the same for the same seed. bad: the share that is drawn from the bad and strange ones."""
