@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import itertools
+import json
 import shutil
 import time
 from collections import Counter
@@ -27,11 +28,15 @@ from elude_runtime.api.engine import Engine
 from elude_runtime.checkpoint.policies import save_policy
 from elude_runtime.checkpoint.vectors import StoredVector, save_vector
 from elude_runtime.cli.archive import build_archive
+from elude_runtime.cli.model_options import ModelOptions
 from elude_runtime.cli.server_process import session_members
 from elude_runtime.cli.torchserve import Server
 from elude_runtime.demo.images import make_set, write_folder
 from elude_runtime.demo.model import load_demo_model
 from elude_runtime.demo.rewrite import rewrite_demo
+from elude_runtime.network.preprocessing import DataConfig
+from elude_runtime.offline.rewrite import rewrite_checkpoint
+from elude_runtime.partition import SplitConfig
 
 CLIENTS = 16
 
@@ -157,6 +162,21 @@ def demo_checkpoint(folder: Path) -> Path:
     write_folder(folder / "images", make_set(60, seed=1, split="train"))
     rewrite_demo(network, config, folder / "images", folder / "made")
     return folder / "made"
+
+
+def real_checkpoint(shared: Path, name: str, folder: Path) -> Path:
+    """`deit_tiny_3bit` or `mobilenetv2_100` with its weights, its default layer split. shared: as in `conftest`."""
+    weights, own = shared / "weights" / f"{name}.safetensors", name.startswith("deit")
+    factory = f"{shared / 'weights' / 'reference_models.py'}:{name}" if own else None
+    base = ModelOptions(None if own else name, weights=weights, factory=factory).build()
+    config = DataConfig.parse(json.loads((shared / "weights" / "data_configs.json").read_text())[name])
+    split, images = SplitConfig(tokens=100), real_images(shared)[::16]
+    rewrite_checkpoint(base, images, folder, split, concepts=24, data_config=config)
+    return folder
+
+
+def real_images(shared: Path) -> list[Path]:
+    return sorted((shared / "data" / "imagenet").glob("*.jpg"))
 
 
 def demo_images(count: int) -> list[bytes]:

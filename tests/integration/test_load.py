@@ -6,8 +6,6 @@ too, and prints its figures.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +13,23 @@ import httpx
 import pytest
 
 pytest.importorskip("ts")
-from load_clients import Outcome, demo_checkpoint, demo_images, load, megabytes, once, serving, workers
+from load_clients import (
+    Outcome,
+    demo_checkpoint,
+    demo_images,
+    load,
+    megabytes,
+    once,
+    real_checkpoint,
+    real_images,
+    serving,
+    workers,
+)
 from mixed_traffic import FORGED, WEIGHTS, Traffic
 
-from elude_runtime.cli.model_options import ModelOptions
 from elude_runtime.cli.torchserve import Server
-from elude_runtime.network.preprocessing import DataConfig
-from elude_runtime.offline.rewrite import rewrite_checkpoint
-from elude_runtime.partition import SplitConfig
 
 pytestmark = pytest.mark.server
-SHARED = Path(os.environ.get("ELUDE_SHARED", Path(__file__).parents[2].parent / "shared"))
 GROWTH = 50  # MB that a worker may grow by after it is warm
 Loaded = tuple[Server, Traffic]
 
@@ -41,13 +45,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
 def deit(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Loaded]:
     """DeiT-Tiny, its default layer split."""
     folder = tmp_path_factory.mktemp("deit")
-    files = sorted((shared / "data" / "imagenet").glob("*.jpg"))
-    factory = f"{shared / 'weights' / 'reference_models.py'}:deit_tiny_3bit"
-    base = ModelOptions(None, weights=shared / "weights" / "deit_tiny_3bit.safetensors", factory=factory).build()
-    config = DataConfig.parse(json.loads((shared / "weights" / "data_configs.json").read_text())["deit_tiny_3bit"])
-    made = folder / "made"
-    rewrite_checkpoint(base, files[::16], made, SplitConfig(tokens=100), concepts=24, data_config=config)
-    with serving(made, folder, [file.read_bytes() for file in files[5:400:100]], "deit") as loaded:
+    made = real_checkpoint(shared, "deit_tiny_3bit", folder / "made")
+    images = [file.read_bytes() for file in real_images(shared)[5:400:100]]
+    with serving(made, folder, images, "deit") as loaded:
         yield loaded
 
 
@@ -86,8 +86,6 @@ def test_every_request_and_a_mixed_load(demo: Loaded) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(("model", "requests"), [("demo", 20_000), ("deit", 5_000)])
 def test_a_long_mixed_load(request: pytest.FixtureRequest, model: str, requests: int) -> None:
-    if model == "deit" and not SHARED.is_dir():
-        pytest.skip(f"no real networks at {SHARED}; set ELUDE_SHARED")
     server, traffic = request.getfixturevalue(model)
     before = workers(server)
     warm_up = once(server, traffic) + load(server, traffic, 1000, seed=1)
