@@ -171,11 +171,16 @@ def _storage_error(error: OSError, checkpoint: Path, out: Path) -> StorageError:
         full = os.strerror(errno.ENOSPC) in reason
         error = OSError(errno.ENOSPC if full else errno.EIO, reason)
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        need = 2 * sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / 1e6
+        # the archiver copies before it packs, and the package is gathered before that
+        need = (2 * _bytes(checkpoint) + 3 * _bytes(package_directory())) / 1e6
         return StorageError(f"The disk of {out} is full: packing {checkpoint} needs up to {need:.0f} MB there.")
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         return StorageError(f"{out} cannot be written to ({error.strerror}); give another folder with --out.")
     return StorageError(f"Packing {checkpoint} into {out} failed: {error}")
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _safe(text: str) -> str:

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from elude_runtime.cli.drain import BUSY
 from elude_runtime.cli.exporter_process import METRICS_DIR, ExporterProcess
-from elude_runtime.cli.health import not_ready, read_keys
+from elude_runtime.cli.health import DRAINING, not_ready, read_keys
 from elude_runtime.cli.server_process import (
     WORKER_STOPPED,
     find_cause,
@@ -243,6 +244,7 @@ class Server:
         environment.pop("TS_CONFIG_FILE", None)  # it would go before our configuration
         environment.setdefault(METRICS_DIR, str(self.run_dir / "metrics"))
         temporary, logs = str(self.run_dir / "tmp"), str(self.run_dir / "logs")
+        environment[BUSY] = temporary
         # TMPDIR is Python's; TEMP becomes Java's, for unpacked archives and the workers' sockets.
         return {**environment, "TMPDIR": temporary, "TEMP": temporary, "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
 
@@ -281,7 +283,7 @@ def _clean_run_dir(run_dir: Path, *, remove: bool) -> None:
         return
     for name in ("tmp", "metrics"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in ("key_file.json", "run.json"):
+    for name in ("key_file.json", "run.json", DRAINING):
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import types
@@ -338,6 +339,32 @@ def test_description_is_given_to_the_server_and_not_to_a_header(handler: Any) ->
     run(handler, [body(describe="True")])
     run(handler, [{"parts": [], "headers": {"describe": "True"}}, body()])
     assert [len(batch) for batch in handler._engine.batches] == [1, 2]
+
+
+def test_a_worker_says_when_it_is_at_work(
+    module: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a server is not stopped under it; also of a batch that fails, and of nothing where nobody asks."""
+    monkeypatch.setenv("ELUDE_BUSY_DIR", str(tmp_path))
+    handler = module.EludeHandler()
+    handler.initialize(make_context())
+    (mark,) = tmp_path.iterdir()
+    assert mark.name == f"{os.getpid()}.busy" and mark.read_bytes() == b"0"
+    during = []
+
+    def behave(rows: Sequence[Row]) -> list[Reply]:
+        during.append(mark.read_bytes())
+        raise KeyboardInterrupt
+
+    assert run(handler, [body()])[0] and mark.read_bytes() == b"0"
+    handler._engine.behave = behave
+    with pytest.raises(KeyboardInterrupt):
+        run(handler, [body()])
+    assert during == [b"1"] and mark.read_bytes() == b"0"
+    monkeypatch.delenv("ELUDE_BUSY_DIR")
+    silent = module.EludeHandler()
+    silent.initialize(make_context())
+    assert run(silent, [body()])[0] and list(tmp_path.iterdir()) == [mark]
 
 
 def test_torchserve_leaves_json_to_the_handler(handler: Any) -> None:
