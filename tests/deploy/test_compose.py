@@ -32,6 +32,9 @@ def services(name: str = "compose.yaml") -> dict[str, dict[str, Any]]:
 def test_the_compose_specification_accepts_it(name: str) -> None:
     """Strictly, with anchors and `<<` resolved: a key that does not exist is an error."""
     content = yaml.safe_load(filled(name))
+    for each in content["services"].values():
+        if "cpus" in each:  # the library refuses a whole number, which the specification allows
+            each["cpus"] = float(each["cpus"])
     compose_spec.PyCompose.from_yaml(yaml.safe_dump(content))
     content["services"]["elude"]["memlimit"] = "3g"
     with pytest.raises(ValueError, match="memlimit"):
