@@ -253,6 +253,8 @@ def test_selectors_find_the_pods(base: list[dict[str, Any]]) -> None:
     found = [s for s in services if monitor["spec"]["selector"]["matchLabels"].items() <= s["metadata"]["labels"].items()]
     (metrics,) = found
     assert {e["port"] for e in monitor["spec"]["endpoints"]} == {port["name"] for port in metrics["spec"]["ports"]}
+    jobs = {endpoint["relabelings"][0]["replacement"] for endpoint in monitor["spec"]["endpoints"]}
+    assert jobs == {job["job_name"] for job in load(DEPLOY / "compose" / "prometheus.yml")["scrape_configs"]}
     (public,) = [service for service in services if service not in found]
     assert [port["name"] for port in public["spec"]["ports"]] == ["http"]
 
