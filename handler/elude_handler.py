@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from decimal import Decimal
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class EludeHandler:
 
     def __init__(self) -> None:
         self._engine: Any = None
+        self._monitor: Any = None
         self._row: Any = None
 
     def initialize(self, context: Any) -> None:
@@ -38,11 +40,15 @@ class EludeHandler:
         # By default TorchServe parses JSON bodies itself, forgiving duplicate keys and NaN. It asks this variable for
         # every request, and this process serves one model only.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
-        for output in logging.getLogger().handlers:
-            output.addFilter(_mark_lines)
         try:
             from elude_runtime.api.config import ServingConfig
             from elude_runtime.api.engine import Engine, Row
+            from elude_runtime.metrics.logs import JSONLines
+            from elude_runtime.metrics.monitor import Monitor
+
+            # TorchServe takes lines of this output that begin with `[METRICS]` for metrics: no text may begin one.
+            for output in logging.getLogger().handlers:
+                output.setFormatter(JSONLines())
 
             config = ServingConfig.resolve((context.model_yaml_config or {}).get("elude"))
             gpu = context.system_properties.get("gpu_id")
@@ -55,7 +61,7 @@ class EludeHandler:
                 name=context.model_name or model.get("modelName", ""),
                 version=str(model.get("modelVersion", "1.0")),
             )
-            self._row = Row
+            self._row, self._monitor = Row, Monitor(self._engine)
         except Exception as error:
             # The package's own errors are sentences for people; others need their name to be understood.
             ours = any(kind.__name__ == "EludeError" for kind in type(error).__mro__)
@@ -69,8 +75,11 @@ class EludeHandler:
             return []
         if data == [{}] and context.get_request_header(0, "describe") == "True":
             return [json.dumps(self.describe_handle())]
-        replies = self._answer([self._read(index, item, context) for index, item in enumerate(data)])
-        return [self._write(index, reply, context) for index, reply in enumerate(replies)]
+        rows = [self._read(index, item, context) for index, item in enumerate(data)]
+        replies = self._answer(rows)
+        bodies = [self._write(index, reply, context) for index, reply in enumerate(replies)]
+        self._measure(self._monitor.saw(rows, replies), context)
+        return bodies
 
     def describe_handle(self) -> dict[str, Any]:
         """What the management port shows as `customizedMetadata`."""
@@ -107,7 +116,18 @@ class EludeHandler:
             explain=headers.get("explain") == "True",
             route=headers["url_path"].strip("/") if isinstance(headers.get("url_path"), str) else "",
             request_id=context.get_request_id(index) or "",
+            traceparent=by_name.get("traceparent", ""),
         )
+
+    @staticmethod
+    def _measure(samples: list[tuple[str, float, list[str]]], context: Any) -> None:
+        """Hands samples to TorchServe's metrics, those that the server's metrics.yaml declares."""
+        declared = {name: metric for kind in context.metrics.cache.values() for name, metric in kind.items()}
+        for name, amount, labels in samples:
+            if name in declared:
+                # TorchServe takes plain decimals only, never 1e-05, and wants its own two dimensions last.
+                value = Decimal(f"{amount:.6f}")
+                declared[name].add_or_update(value, [*labels, context.model_name, "Model"])
 
     def _write(self, index: int, reply: Any, context: Any) -> str:
         """Puts the reply's status and headers on the row, and gives its body."""
@@ -153,25 +173,3 @@ def _as_bytes(value: Any) -> bytes:
 def _is_plain(text: str) -> bool:
     """Whether a header can carry the text: printable ASCII."""
     return text.isascii() and text.isprintable()
-
-
-def _mark_lines(record: logging.LogRecord) -> bool:
-    """A logging filter that begins all further lines of a record with `| `.
-
-    TorchServe reads metrics from lines of the worker's output that begin with `[METRICS]`. A message or a traceback may
-    quote a client's text, and a line break in it must not forge one.
-    """
-    try:
-        if record.exc_info and not record.exc_text:
-            record.exc_text = logging.Formatter().formatException(record.exc_info)
-        first, *further = record.getMessage().splitlines() or [""]
-        record.msg, record.args = "\n".join([first, *map(_mark, further)]), None
-        if record.exc_text:
-            record.exc_text = "\n".join(map(_mark, record.exc_text.splitlines()))
-    except Exception:
-        return False  # arguments that do not fit their message: better no line than a forged one
-    return True
-
-
-def _mark(line: str) -> str:
-    return line if line.startswith("| ") else "| " + line

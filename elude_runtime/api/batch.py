@@ -6,9 +6,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -108,9 +108,17 @@ def internal_error() -> Problem:
     return Problem("internal-error", "The server failed on this request; its log has the reason.")
 
 
-def run_batch(model: EludeModel, targets: TargetReader, jobs: Sequence[Job]) -> None:
+class Watch(Protocol):
+    """Looks on at forward passes: the drift of features."""
+
+    def looking(self, images: int) -> AbstractContextManager[None]:
+        """A pass of so many images runs inside the block."""
+        ...
+
+
+def run_batch(model: EludeModel, targets: TargetReader, jobs: Sequence[Job], watch: Watch | None = None) -> None:
     """Answer all jobs; the results stand on them. Those of one layer share tails."""
-    with _timed(jobs, "forward"):
+    with _timed(jobs, "forward"), watch.looking(len(jobs)) if watch else nullcontext():
         recording = _forward(model, jobs)
     for job in jobs:
         job.output = recording.logits[job.row]

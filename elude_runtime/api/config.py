@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -48,6 +49,11 @@ class ServingConfig(BaseModel):
     default_policies: Names = Field(default_factory=list, description="policies in force on every request")
     shadow_policies: Names = Field(default_factory=list, description="policies computed, but not answered by")
     policies_off: bool = Field(False, description="no policy is in force, whoever names it")
+    metrics_dir: Path | None = Field(None, description="folder that `elude exporter` reads; none: no such metrics")
+    log_requests: bool = Field(True, description="a JSON line in the log for every request")
+    drift_sample: float = Field(0.1, ge=0, le=1, description="share of the images on which features are watched")
+    drift_features: Names = Field(default_factory=list, description="features watched beside the concepts")
+    drift_most: int = Field(256, ge=0, description="features watched, those with the largest shares of variance")
     max_image_bytes: int = Field(5_000_000, ge=1, description="encoded size of one image")
     max_image_pixels: int = Field(50_000_000, ge=1, description="width x height of one image")
     max_request_pixels: int = Field(100_000_000, ge=1, description="width x height of all images of one request")

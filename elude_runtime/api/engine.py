@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.model import EludeModel, load
 from elude_runtime.api import operations
-from elude_runtime.api.batch import Job, internal_error, milliseconds, run_batch
+from elude_runtime.api.batch import Job, Watch, internal_error, milliseconds, run_batch
 from elude_runtime.api.changes import near_features, places, plan, steering_of
 from elude_runtime.api.config import ServingConfig
 from elude_runtime.api.documents import ReplyDocuments
@@ -33,6 +33,7 @@ from elude_runtime.api.replies import ReplyWriter
 from elude_runtime.api.schema import operations as ops
 from elude_runtime.api.schema import reply as wire
 from elude_runtime.api.schema.request import Activations, Expect, Explain, Request
+from elude_runtime.api.seen import REJECTED, Seen, seen_jobs
 from elude_runtime.api.targets import TargetReader
 from elude_runtime.api.work import admitted, check_limits, check_work, explain_work, steer_work, tail_shares
 from elude_runtime.checkpoint.catalogue import FeatureCatalogue, read_catalogue
@@ -47,20 +48,24 @@ JSON, PROBLEM_JSON = "application/json", "application/problem+json"
 
 @dataclass(frozen=True)
 class Answered:
-    """The reply to one row: status, content type, body text and further headers."""
+    """The reply to one row: status, content type, body text and further headers. problem: its type, "" for an answer;
+    seen: what metrics and logs may tell of it."""
 
     status: int
     content_type: str
     body: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """Work beside predictions that a batch has to have room for."""
+    """Something else than predictions. work: that a batch has to have room for."""
 
+    name: str
     run: Callable[[], Answered]
-    work: float
+    work: float = 0.0
 
 
 @dataclass
@@ -110,6 +115,8 @@ class Engine:
         self.targets = TargetReader(manifest.labels, self._output_size, classes=classes)
         self.policies = PolicyBook(model, config, policies or {}, self.vectors)
         self.documents = ReplyDocuments(model.data_config, self.info, self.writer, self.policies)
+        self.watch: Watch | None = None
+        """Looks on at forward passes, where somebody put it here."""
 
     @classmethod
     def open(cls, checkpoint: Path, config: ServingConfig, *, name: str, version: str) -> Engine:
@@ -161,7 +168,8 @@ class Engine:
     def answer(self, rows: Sequence[Row]) -> list[Answered]:
         """One reply a row, in order. A bad row gets a problem document and no other row notices."""
         started = time.perf_counter()
-        read = [self._guard(self._read, row, row) for row in rows]
+        asked_for = [self._guard(self._read, row, row) for row in rows]
+        read = list(asked_for)
         costly = [n for n, asked in enumerate(read) if isinstance(asked, _Asked | _Operation)]
         let_in = admitted([read[n].work for n in costly], self.config.max_batch_work)
         for n, allowed in zip(costly, let_in, strict=True):
@@ -169,14 +177,14 @@ class Engine:
                 read[n] = _problem(_overloaded())
         running = [job for asked in read if isinstance(asked, _Asked) for job in asked.jobs]
         if running:
-            run_batch(self.model, self.targets, running)
+            run_batch(self.model, self.targets, running, self.watch)
         answered = []
-        for row, asked in zip(rows, read, strict=True):
+        for row, asked, first in zip(rows, read, asked_for, strict=True):
             if isinstance(asked, _Operation):
                 asked = self._guard(asked.run, row)
             elif isinstance(asked, _Asked):
                 asked = self._guard(self._close, row, asked, len(running), started)
-            answered.append(asked)
+            answered.append(replace(asked, seen=_seen(row, first, asked, time.perf_counter() - started)))
         return answered
 
     def _guard(self, work: Any, row: Row, *arguments: Any) -> Any:
@@ -191,7 +199,7 @@ class Engine:
 
     # --- in -----------------------------------------------------------------------------------------------------------
 
-    def _read(self, row: Row) -> _Asked | _Operation | Answered:
+    def _read(self, row: Row) -> _Asked | _Operation:
         body = read_body(row, self.config)
         if body.operation:
             return self._operation(body)
@@ -208,25 +216,27 @@ class Engine:
         question = read_question(body.document, body.image, reader, explain=row.explain)
         return _Asked([self._job(question, row.request_id, started)])
 
-    def _operation(self, body: Body) -> _Operation | Answered:
+    def _operation(self, body: Body) -> _Operation:
         if body.image is not None:
             raise Problem("invalid-document", f"The operation {body.operation} takes one JSON document, no parts.")
         if body.operation == "describe":
             asked: Any = validated(ops.DescribeRequest, body.document)
             self._expected(asked.expect)
-            return Answered(200, JSON, json.dumps(self.describe(), allow_nan=False))
+            return _Operation("describe", lambda: Answered(200, JSON, json.dumps(self.describe(), allow_nan=False)))
         if body.operation == "features":
             asked = validated(ops.FeaturesRequest, body.document)
             self._expected(asked.expect)
             catalogue = self.catalogue
             if catalogue is None:
                 raise Problem("internal-error", "The server has no feature catalogue.")
-            made: Any = operations.features(asked, catalogue, self.model.layers, self.info, _identity(asked.id))
-        else:
-            asked = validated(ops.VectorsRequest, body.document)
-            self._expected(asked.expect)
-            operations.check_vectors(asked, self.model, self.config)
-            return _Operation(lambda: self._vectors(asked), float(len(asked.positive) + len(asked.negative)))
+            return _Operation("features", lambda: self._features(asked, catalogue))
+        asked = validated(ops.VectorsRequest, body.document)
+        self._expected(asked.expect)
+        operations.check_vectors(asked, self.model, self.config)
+        return _Operation("vectors", lambda: self._vectors(asked), float(len(asked.positive) + len(asked.negative)))
+
+    def _features(self, asked: ops.FeaturesRequest, catalogue: FeatureCatalogue) -> Answered:
+        made = operations.features(asked, catalogue, self.model.layers, self.info, _identity(asked.id))
         return self._sized(made.model_dump_json(), "a lower limit")
 
     def _vectors(self, asked: ops.VectorsRequest) -> Answered:
@@ -343,7 +353,22 @@ class Engine:
 
 def _problem(problem: Problem) -> Answered:
     body = problem.document().model_dump_json(exclude_none=True)
-    return Answered(problem.status, PROBLEM_JSON, body, problem.headers)
+    return Answered(problem.status, PROBLEM_JSON, body, problem.headers, problem.kind)
+
+
+def _seen(row: Row, asked: _Asked | _Operation | Answered, reply: Answered, seconds: float) -> Seen:
+    """asked: what was read of the row, or the problem that this met."""
+    sent = len(reply.body) if reply.body.isascii() else len(reply.body.encode("utf-8", "replace"))
+    problems: tuple[str, ...] = (reply.problem,) if reply.problem else ()
+    if isinstance(asked, _Asked) and not problems:  # those of single instances stand inside a KServe reply
+        failed = [part if isinstance(part, Problem) else part.problem for part in asked.parts]
+        problems = tuple(problem.kind for problem in failed if problem)
+    kind = asked.name if isinstance(asked, _Operation) else REJECTED
+    received = sum(map(len, row.parts.values()))
+    seen = Seen(kind, reply.status, seconds, problems=problems, received=received, sent=sent)
+    if isinstance(asked, _Operation):
+        return replace(seen, work=asked.work)
+    return seen_jobs(asked.jobs, seen) if isinstance(asked, _Asked) and asked.jobs else seen
 
 
 def _overloaded() -> Problem:

@@ -34,13 +34,14 @@ D = TypeVar("D", bound=BaseModel)
 class Row:
     """One request of a batch, as bytes. parts: {"body": …} of a raw or JSON body, {"image": …, "request": …} of a
     multipart one; content_type: lower case, without parameters; explain: it came in on /explanations; route: what
-    follows the version in the path."""
+    follows the version in the path; traceparent: the header of W3C's Trace Context, as it came."""
 
     parts: Mapping[str, bytes]
     content_type: str
     explain: bool
     route: str
     request_id: str
+    traceparent: str = ""
 
 
 @dataclass(frozen=True)

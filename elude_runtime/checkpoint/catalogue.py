@@ -27,6 +27,12 @@ _FORMAT_VERSION = 1
 _WORDS = ("kind", "layer", "token_type", "concept", "label", "label_source")
 _NUMBERS = ("mean", "std", "density", "share")
 _QUANTILE = re.compile(r"q\d\d")
+PEAK_LEVELS = (0.01, *(tenth / 10 for tenth in range(1, 10)), 0.99)
+"""Quantiles of a feature's peak over the images of `elude catalogue` that bound its bins."""
+BIN_SHARES = (0.01, 0.09, *[0.1] * 8, 0.09, 0.01)
+"""Of those images, the share in each bin."""
+_EDGE_NAMES = tuple(f"peak{round(100 * level):02d}" for level in PEAK_LEVELS)
+_PEAK_EDGES, _PEAK_IMAGES = "peak_edges", "peak_images"
 _LONGEST_QUERY = 200  # characters that count
 _NO_MATCH = 9
 
@@ -106,6 +112,21 @@ class FeatureCatalogue:
         row = self._row(name)
         return None if row is None else self._facts(row)
 
+    def peak_edges(self, name: str) -> NDArray[np.float32] | None:
+        """The quantiles [11] of a feature's peak at `PEAK_LEVELS`. None for an unknown feature, without a catalogue,
+        and where some are equal: nearly all of its peaks are the same."""
+        row, numbers = self._row(name), self._columns.numbers
+        if row is None or _EDGE_NAMES[0] not in numbers:
+            return None
+        edges = np.array([numbers[edge][row] for edge in _EDGE_NAMES], dtype=np.float32)
+        return edges if bool((np.diff(edges) > 0).all()) else None
+
+    @property
+    def peak_images(self) -> int:
+        """How many images the quantiles of peaks were taken from; 0 without a catalogue."""
+        column = self._columns.numbers.get(_PEAK_IMAGES)
+        return int(column.max(initial=0)) if column is not None else 0
+
     def search(
         self,
         query: str | None = None,
@@ -173,7 +194,7 @@ class FeatureCatalogue:
             size=int(c.size[row]),
             mean=numbers["mean"],
             std=numbers["std"],
-            quantiles={name: value for name, value in numbers.items() if name not in _NUMBERS},
+            quantiles={name: value for name, value in numbers.items() if _QUANTILE.fullmatch(name)},
             density=numbers["density"],
             share=numbers["share"],
         )
@@ -268,7 +289,9 @@ def _from_json(path: Path) -> _Columns:
         for name in _WORDS:
             column = document["words"][name]
             words[name] = _Words(_texts(column["values"]), unpack_i32(column["b64_i32"]))
-        numbers = {name: unpack_f32(document["numbers"][name]["b64_f32"]) for name in _numeric(document["numbers"])}
+        packed = document["numbers"]
+        peaks = [name for name in (*_EDGE_NAMES, _PEAK_IMAGES) if _PEAK_IMAGES in packed]
+        numbers = {name: unpack_f32(packed[name]["b64_f32"]) for name in (*_numeric(packed), *peaks)}
         return _Columns(_encoded(_texts(document["feature"])), unpack_i32(document["size"]["b64_i32"]), words, numbers)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
@@ -286,10 +309,28 @@ def _from_parquet(path: Path) -> _Columns:
             values, codes = np.unique(np.array(_texts(table[name].to_pylist()), dtype=object), return_inverse=True)
             words[name] = _Words(values.tolist(), codes.astype(np.int32))
         numbers = {name: table[name].to_numpy().astype(np.float32) for name in numeric}
+        numbers.update(_peaks(path))
         size = table["size"].to_numpy().astype(np.int32)
         return _Columns(_encoded(_texts(table["feature"].to_pylist())), size, words, numbers)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise _damaged(path, error) from error
+
+
+def _peaks(path: Path) -> dict[str, NDArray[np.float32]]:
+    """The quantiles of peaks as a column each, 0 where there are none; empty without a catalogue. ValueError for lists
+    of another length."""
+    import pyarrow.parquet as pq
+
+    if not {_PEAK_EDGES, _PEAK_IMAGES} <= set(pq.read_schema(path).names):
+        return {}
+    table = pq.read_table(path, columns=[_PEAK_EDGES, _PEAK_IMAGES])
+    blank = [0.0] * len(_EDGE_NAMES)
+    edges = np.array([own or blank for own in table[_PEAK_EDGES].to_pylist()], dtype=np.float32)
+    images = np.array([count or 0 for count in table[_PEAK_IMAGES].to_pylist()], dtype=np.float32)
+    if not images.any():
+        return {}
+    columns = edges.reshape(len(images), len(_EDGE_NAMES))
+    return {**{name: columns[:, place].copy() for place, name in enumerate(_EDGE_NAMES)}, _PEAK_IMAGES: images}
 
 
 def _numeric(columns: Iterable[str]) -> list[str]:

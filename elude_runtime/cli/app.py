@@ -16,6 +16,7 @@ from elude_runtime.cli.diff import diff
 from elude_runtime.cli.evaluate import evaluate
 from elude_runtime.cli.explain import explain
 from elude_runtime.cli.explore import explore
+from elude_runtime.cli.exporter import exporter
 from elude_runtime.cli.health import health
 from elude_runtime.cli.inspect import inspect
 from elude_runtime.cli.label import label
@@ -38,7 +39,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     demo, layers, rewrite, verify, catalogue, inspect, search, label, explain, steer, vector, activations, diff,
-    evaluate, report, explore, archive, serve, health,
+    evaluate, report, explore, archive, serve, health, exporter,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(command.__name__)(command)

@@ -101,7 +101,7 @@ def _parent(process: psutil.Process) -> int | None:
 
 def find_cause(log: str, mark: str = "ELUDE_LOAD_ERROR") -> str:
     """The most telling sentence of a server's log: the handler's own, a worker's exception, the front end's error."""
-    messages = [found[1] if (found := _MESSAGE.match(line)) else line for line in log.splitlines()]
+    messages = [_message(found[1] if (found := _MESSAGE.match(line)) else line) for line in log.splitlines()]
     for message in messages:
         if mark in message:
             return message.partition(mark)[2].strip()
@@ -116,3 +116,11 @@ def find_cause(log: str, mark: str = "ELUDE_LOAD_ERROR") -> str:
     if "Auto recovery start" in log:
         return "The worker ended without a word; it may have been killed for lack of memory."
     return next((message for message in reversed(messages) if message.strip()), "It said nothing.")
+
+
+def _message(line: str) -> str:
+    """What a line of the worker says: the message of one in JSON."""
+    if line.startswith('{"time"'):
+        with contextlib.suppress(ValueError, KeyError):
+            return str(json.loads(line)["message"])
+    return line

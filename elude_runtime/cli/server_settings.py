@@ -15,8 +15,9 @@ ADDRESSES = ("inference_address", "management_address", "metrics_address")
 _OTHER_PORTS = ("grpc_inference_port", "grpc_management_port", "initial_worker_port")
 _ADDRESS = re.compile(r"(https?)://([^:/]+)(?::(\d+))?")
 
-# The log of a server that runs for months must stay bounded, and nobody reads its console. TorchServe's own settings
-# write everything to the console too, and roll once a day without a bound on the day.
+# The log of a server that runs for months must stay bounded. TorchServe's own settings roll once a day without a bound
+# on the day, and write everything to the console too. Workers print JSON lines (elude_runtime/metrics/logs.py), and
+# whatever their libraries print.
 _LOG_SETTINGS = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration>
   <Appenders>
@@ -24,25 +25,60 @@ _LOG_SETTINGS = """<?xml version="1.0" encoding="UTF-8"?>
   </Appenders>
   <Loggers>
     <Logger name="ACCESS_LOG" level="info" additivity="false"><AppenderRef ref="access_log"/></Logger>
+    <Logger name="MODEL_LOG" level="info" additivity="false">
+      {worker}
+    </Logger>
     <Logger name="io.netty" level="error"/>
     <Logger name="org.apache" level="off"/>
-    <Root level="info"><AppenderRef ref="ts_log"/></Root>
+    <Root level="info">{front}</Root>
   </Loggers>
 </Configuration>
 """
-_APPENDER = """<RollingFile name="{0}" fileName="${{env:LOG_LOCATION}}/{0}.log"
-                 filePattern="${{env:LOG_LOCATION}}/{0}.%i.log">
-      <PatternLayout pattern="%d{{ISO8601}} [%-5p] %t %c - %m%n"/>
+_FILE = """<RollingFile name="{0}" fileName="${{env:LOG_LOCATION}}/{1}" filePattern="${{env:LOG_LOCATION}}/{1}.%i">
+      <PatternLayout pattern="{2}"/>
       <Policies><SizeBasedTriggeringPolicy size="20 MB"/></Policies>
       <DefaultRolloverStrategy max="4"/>
     </RollingFile>"""
+_CONSOLE = """<Console name="{0}"><PatternLayout><Pattern>{1}</Pattern></PatternLayout></Console>"""
+_REFERENCE = """<AppenderRef ref="{0}">
+        <RegexFilter regex="[{{]&quot;time&quot;.*" onMatch="{1}" onMismatch="{2}"/>
+      </AppenderRef>"""
+_LINE = "%d{ISO8601} [%-5p] %t %c - %m%n"
+_JSON_LINE = (
+    '{"time": "%d{yyyy-MM-dd\'T\'HH:mm:ss.SSS}{UTC}+00:00", "level": "%p", "logger": "%enc{%c}{JSON}", '
+    '"message": "%enc{%m%throwable}{JSON}"}%n'
+)
 
 
-def write_settings(run_dir: Path, config: Path | None, ports: dict[str, int | None]) -> dict[str, str]:
+def _log_settings(*, stdout: bool) -> str:
+    """log4j2.xml: files of a bounded size, and on request everything as JSON lines on the standard output too."""
+    appenders = [
+        _FILE.format("ts_log", "ts_log.log", _LINE),
+        _FILE.format("access_log", "access_log.log", _LINE),
+        _FILE.format("worker_log", "worker.jsonl", "%m%n"),
+    ]
+    json_lines, others = [("worker_log", "ACCEPT", "DENY")], [("ts_log", "DENY", "ACCEPT")]
+    front = '<AppenderRef ref="ts_log"/>'
+    if stdout:
+        appenders += [_CONSOLE.format("stdout", _JSON_LINE), _CONSOLE.format("stdout_raw", "%m%n")]
+        json_lines.append(("stdout_raw", "ACCEPT", "DENY"))
+        others.append(("stdout", "DENY", "ACCEPT"))
+        front += '<AppenderRef ref="stdout"/>'
+    return _LOG_SETTINGS.format(
+        appenders="\n    ".join(appenders),
+        worker="\n      ".join(_REFERENCE.format(*reference) for reference in json_lines + others),
+        front=front,
+    )
+
+
+def write_settings(
+    run_dir: Path, config: Path | None, ports: dict[str, int | None], *, log_stdout: bool = False
+) -> dict[str, str]:
     """Writes config.properties, metrics.yaml and log4j2.xml into `run_dir`; gives the three addresses by their keys.
 
     `config`: a user's config.properties, whose ports and metrics file are kept; the shipped one names TorchServe's
-    default ports, which are replaced by free ones. `ports`, by key of `ADDRESSES`, go before both.
+    default ports, which are replaced by free ones. `ports`, by key of `ADDRESSES`, go before both. `log_stdout`: the
+    log as JSON lines on the standard output too.
     """
     settings = read_properties(config or shipped_file("deploy/config.properties"))
     free = iter(free_ports(len(ADDRESSES) + len(_OTHER_PORTS)))
@@ -59,8 +95,7 @@ def write_settings(run_dir: Path, config: Path | None, ports: dict[str, int | No
     # A backslash begins an escape in this format.
     lines = [f"{key}={value}\n".replace("\\", "\\\\") for key, value in settings.items()]
     (run_dir / "config.properties").write_text("".join(lines), encoding="utf-8")
-    appenders = "\n    ".join(_APPENDER.format(name) for name in ("ts_log", "access_log"))
-    (run_dir / "log4j2.xml").write_text(_LOG_SETTINGS.format(appenders=appenders), encoding="utf-8")
+    (run_dir / "log4j2.xml").write_text(_log_settings(stdout=log_stdout), encoding="utf-8")
     return {key: settings[key].replace("//0.0.0.0:", "//127.0.0.1:") for key in ADDRESSES}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from elude_runtime.cli.exporter_process import METRICS_DIR, ExporterProcess
 from elude_runtime.cli.health import not_ready, read_keys
 from elude_runtime.cli.server_process import (
     WORKER_STOPPED,
@@ -48,14 +49,18 @@ class Server:
         inference_port: int | None = None,
         management_port: int | None = None,
         metrics_port: int | None = None,
+        exporter_port: int | None = None,
         config: Path | None = None,
         token_auth: bool = True,
         run_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        log_stdout: bool = False,
     ) -> None:
         """`models`: archives in the store, `FILE.mar` or `NAME=FILE.mar`; all by default. `config`: a config.properties
         in place of the shipped one. `run_dir`: kept after the end, where a temporary one is removed. `environment`:
-        additions to the server's environment, such as `ELUDE_…` settings.
+        additions to the server's environment, such as `ELUDE_…` settings; with ELUDE_METRICS_DIR among them, or in this
+        process's own environment, somebody else serves the workers' metrics, and no exporter is started. `log_stdout`:
+        the log as JSON lines on this process's standard output too.
 
         Raises `EludeError` for a store or an archive that is missing.
         """
@@ -66,7 +71,9 @@ class Server:
         self._token_auth = token_auth
         self._run_dir = run_dir.resolve() if run_dir else None
         self._temporary = run_dir is None
-        self._environment = dict(environment or {})
+        self._environment = {**os.environ, **(environment or {})}
+        self._log_stdout = log_stdout
+        self._exporter = None if self._environment.get(METRICS_DIR) else ExporterProcess(exporter_port)
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._addresses: dict[str, str] = {}
@@ -85,6 +92,11 @@ class Server:
     def metrics_url(self) -> str:
         """Prometheus' text is at `/metrics` of this address, for everybody."""
         return self._address("metrics_address")
+
+    @property
+    def exporter_url(self) -> str | None:
+        """Metrics that TorchServe's port cannot carry, at `/metrics`; None where no exporter was started."""
+        return self._exporter.url if self._exporter else None
 
     @property
     def run_dir(self) -> Path:
@@ -127,7 +139,9 @@ class Server:
         """Starts the process and returns at once, long before a model is loaded; see `wait_ready`."""
         require_programs()
         self._prepare_run_dir()
-        self._addresses = write_settings(self.run_dir, self._config, self._ports)
+        self._addresses = write_settings(self.run_dir, self._config, self._ports, log_stdout=self._log_stdout)
+        if self._exporter is not None:  # before the workers: it wipes the folder
+            self._exporter.start(self.run_dir / "metrics", self.run_dir / "logs" / "exporter.log")
         # The module instead of the `torchserve` script: workers get this very interpreter, whatever stands on PATH.
         command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
         command += ["--ts-config", "config.properties", "--log-config", "log4j2.xml"]
@@ -141,7 +155,7 @@ class Server:
                 cwd=self.run_dir,  # where TorchServe writes key_file.json
                 env=self._child_environment(),
                 stdin=subprocess.DEVNULL,
-                stdout=console,
+                stdout=None if self._log_stdout else console,
                 stderr=subprocess.STDOUT,
                 # A session of its own: Ctrl-C reaches only us, and every descendant can be found again.
                 start_new_session=True,
@@ -150,6 +164,8 @@ class Server:
             addresses = {"url": self.url, "management_url": self.management_url, "metrics_url": self.metrics_url}
             record = {"pid": self.pid, "started": self._started, **addresses, "models": self.names}
             record["temporary"] = self._temporary
+            if self._exporter is not None:
+                record |= {"exporter_url": self._exporter.url, "exporter_pid": self._exporter.pid}
             (self.run_dir / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         except BaseException:
             self.stop()
@@ -166,6 +182,8 @@ class Server:
             if self._process.poll() is not None or WORKER_STOPPED.search(self._log()):
                 time.sleep(0.5)  # the worker's own words may come after what the front end says of it
                 raise self._failure(f"TorchServe did not start: {find_cause(self._log())}")
+            if self._exporter is not None and (reason := self._exporter.ended()):
+                raise self._failure(reason)
             reason = not_ready(self.management_url, self.names, self._management_token(), timeout=5.0)
             if reason is None:
                 return
@@ -188,6 +206,8 @@ class Server:
                 raise
             self._process.wait()
             self._process = None
+        if self._exporter is not None:
+            self._exporter.stop()
         if self._run_dir is not None:
             _clean_run_dir(self._run_dir, remove=self._temporary and not keep_run_dir)
 
@@ -215,12 +235,13 @@ class Server:
         self._run_dir.chmod(0o700)  # the keys are in it
         _clean_run_dir(self._run_dir, remove=False)
         shutil.rmtree(self._run_dir / "logs", ignore_errors=True)
-        for folder in ("tmp", "logs"):
+        for folder in ("tmp", "logs", "metrics"):
             (self._run_dir / folder).mkdir()
 
     def _child_environment(self) -> dict[str, str]:
-        environment = {**os.environ, **self._environment}
+        environment = dict(self._environment)
         environment.pop("TS_CONFIG_FILE", None)  # it would go before our configuration
+        environment.setdefault(METRICS_DIR, str(self.run_dir / "metrics"))
         temporary, logs = str(self.run_dir / "tmp"), str(self.run_dir / "logs")
         # TMPDIR is Python's; TEMP becomes Java's, for unpacked archives and the workers' sockets.
         return {**environment, "TMPDIR": temporary, "TEMP": temporary, "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
@@ -233,7 +254,8 @@ class Server:
 
     def _log(self) -> str:
         """What TorchServe and its workers logged, after what the launcher and Java printed."""
-        files = [self.run_dir / "console.log", self.run_dir / "logs" / "ts_log.log"]
+        names = ["console.log", "logs/ts_log.log", "logs/worker.jsonl"]
+        files = [self.run_dir / name for name in names]
         return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
 
 
@@ -242,8 +264,12 @@ def stop_server(run_dir: Path) -> int:
 
     Keeps the folder's logs if the folder was chosen by the user.
     """
-    count = stop_session(*read_record(run_dir))
-    temporary = json.loads((run_dir / "run.json").read_text(encoding="utf-8")).get("temporary") is True
+    pid, started = read_record(run_dir)
+    record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    count = stop_session(pid, started)
+    if "exporter_pid" in record:
+        count += stop_session(int(record["exporter_pid"]), started)
+    temporary = record.get("temporary") is True
     _clean_run_dir(run_dir, remove=temporary)
     return count
 
@@ -253,7 +279,8 @@ def _clean_run_dir(run_dir: Path, *, remove: bool) -> None:
     if remove:
         shutil.rmtree(run_dir, ignore_errors=True)
         return
-    shutil.rmtree(run_dir / "tmp", ignore_errors=True)
+    for name in ("tmp", "metrics"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("key_file.json", "run.json"):
         (run_dir / name).unlink(missing_ok=True)
 

@@ -27,6 +27,8 @@ CATALOGUE_FIELDS = (
     pa.field("stability", pa.float32()),
     pa.field("raises", _CLASS_EFFECTS),  # mean change of the centred logits when the feature rises by one std
     pa.field("lowers", _CLASS_EFFECTS),
+    pa.field("peak_edges", pa.list_(pa.float32())),  # quantiles of the peak over images, at `PEAK_LEVELS`
+    pa.field("peak_images", pa.int32()),  # that they were taken from
 )
 SCHEMA = pa.schema(
     [

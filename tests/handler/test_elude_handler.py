@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("ts.context")
 from ts.context import Context
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import ModelLoaderFactory
 from ts.protocol.otf_message_handler import create_predict_response
 from ts.service import Service
@@ -36,6 +37,7 @@ class Row:
     explain: bool
     route: str
     request_id: str
+    traceparent: str
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,19 @@ class Engine:
         return {"layers": ["blocks.1"]}
 
 
+class Monitor:
+    """Keeps what it saw, and gives samples for TorchServe's port."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.seen: list[tuple[list[Row], list[Reply | None]]] = []
+        self.samples: list[tuple[str, float, list[str]]] = []
+
+    def saw(self, rows: list[Row], replies: list[Reply | None]) -> list[tuple[str, float, list[str]]]:
+        self.seen.append((rows, replies))
+        return self.samples
+
+
 class ServingConfig:
     def __init__(self, section: dict[str, Any] | None) -> None:
         self.section = section
@@ -94,24 +109,29 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "true")
     monkeypatch.setattr(Engine, "refusal", None)
-    engine, config = types.ModuleType("engine"), types.ModuleType("config")
+    engine, config, monitor = types.ModuleType("engine"), types.ModuleType("config"), types.ModuleType("monitor")
+    vars(monitor).update(Monitor=Monitor)
     vars(engine).update(Engine=Engine, Row=Row, Reply=Reply)
     vars(config).update(ServingConfig=ServingConfig)
     monkeypatch.setitem(sys.modules, "elude_runtime.api", types.ModuleType("api"))
     monkeypatch.setitem(sys.modules, "elude_runtime.api.engine", engine)
     monkeypatch.setitem(sys.modules, "elude_runtime.api.config", config)
+    monkeypatch.setitem(sys.modules, "elude_runtime.metrics.monitor", monitor)
     spec = importlib.util.spec_from_file_location("elude_handler", HANDLER)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
+    before = {output: output.formatter for output in logging.getLogger().handlers}
     yield loaded
-    for output in logging.getLogger().handlers:
-        output.removeFilter(loaded._mark_lines)
+    for output, formatter in before.items():
+        output.setFormatter(formatter)
 
 
 def make_context(model_dir: str = "/models/m", gpu: int | None = None, yaml: dict[str, Any] | None = None) -> Context:
     manifest = {"model": {"modelName": "vit", "modelVersion": "2.0"}}
-    return Context("vit", model_dir, manifest, 8, gpu, "0.12.0", metrics=None, model_yaml_config=yaml)
+    metrics = MetricsCacheYamlImpl(str(shipped_file("deploy/metrics.yaml")))
+    metrics.initialize_cache()
+    return Context("vit", model_dir, manifest, 8, gpu, "0.12.0", metrics=metrics, model_yaml_config=yaml)
 
 
 def run(handler: Any, requests: list[dict[str, Any]]) -> tuple[list[str], Context]:
@@ -258,12 +278,37 @@ def test_no_text_of_a_client_becomes_a_line_that_torchserve_reads(module: types.
                 raise ValueError(evil)
             except ValueError:
                 logging.getLogger("elude_runtime.api").exception("failed")
-        logging.getLogger("ts").warning("[METRICS]True.Count:1")
+        logging.getLogger("ts.metrics.caching_metric").warning("[METRICS]True.Count:1")
     finally:
         logging.getLogger().removeHandler(output)
     text = output.stream.getvalue()
     assert text.count("Forged") == 16
     assert [line for line in text.splitlines() if line.startswith("[METRICS]")] == ["[METRICS]True.Count:1"]
+
+
+def test_samples_go_out_as_torchserves_metrics(handler: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that metrics.yaml declares, in plain decimals, with TorchServe's own dimensions last."""
+    handler._monitor.samples = [
+        ("elude_request_seconds", 1e-5, ["predict"]),
+        ("elude_rows_total", 3, ["predict", "200"]),
+        ("elude_sent_bytes_total", 12345678.0, []),
+        ("not_declared", 1, []),
+    ]
+    with caplog.at_level(logging.INFO, logger="ts.metrics"):
+        run(handler, [body(), body()])
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("ts.metrics")]
+    assert [line.partition("|#type")[0] for line in lines if "elude" in line or "not_declared" in line] == [
+        "[METRICS]elude_request_seconds.Seconds:0.000010|#kind:predict,ModelName:vit,Level:Model",
+        "[METRICS]elude_rows_total.Count:3.000000|#kind:predict,status:200,ModelName:vit,Level:Model",
+        "[METRICS]elude_sent_bytes_total.Bytes:12345678.000000|#ModelName:vit,Level:Model",
+    ]
+
+
+def test_the_monitor_sees_rows_and_replies_with_the_traceparent(handler: Any) -> None:
+    handler._engine.behave = lambda rows: [] if len(rows) > 1 else 1 / 0
+    run(handler, [body(Traceparent="00-ab-cd-01"), body()])
+    ((rows, replies),) = handler._monitor.seen
+    assert [row.traceparent for row in rows] == ["00-ab-cd-01", ""] and replies == [None, None]
 
 
 def test_too_few_replies_are_an_error_and_not_a_shift(handler: Any) -> None:

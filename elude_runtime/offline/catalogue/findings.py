@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from elude_runtime.checkpoint.catalogue import PEAK_LEVELS
 from elude_runtime.checkpoint.exemplars import DUPLICATE, INPUT, NEGATIVE, POSITIVE
 from elude_runtime.network.tokens import LETTERS, POSITION
 from elude_runtime.offline.catalogue.automatic_labels import StandingOut, label_texts
@@ -32,7 +33,8 @@ class Group:
 @dataclass(frozen=True, eq=False)
 class TypeFindings:
     """What was found out about the features of one layer and token type, in the order of `TypeFeatures`. links: None
-    where the layer's inputs are too many for their covariance; effects: None where they were not measured."""
+    where the layer's inputs are too many for their covariance; effects: None where they were not measured; peak_edges
+    float32 [F, 11]: quantiles of the peak over peak_images images."""
 
     groups: list[Group]
     rows: torch.Tensor
@@ -41,6 +43,8 @@ class TypeFindings:
     effects: ClassEffects | None
     names: list[str]
     channels: int
+    peak_edges: torch.Tensor
+    peak_images: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +88,9 @@ def _type_findings(
         concepts = sum(f.neuron is None for f in one.own.features)
         readout = torch.cat([b.readout for b in one.blocks])
         links = feature_links(readout, one.moments.covariance(), channels, concepts)
-    return TypeFindings(groups, one.own.rows, labels, links, effects, names, channels)
+    peaks = torch.cat([block.sampled_peaks() for block in one.blocks], 1) if one.blocks else torch.zeros(0, 0)
+    edges = torch.from_numpy(np.quantile(peaks.numpy(), PEAK_LEVELS, axis=0).T.astype(np.float32))
+    return TypeFindings(groups, one.own.rows, labels, links, effects, names, channels, edges, len(peaks))
 
 
 def _neuron_groups(layer: str, one: TypePass) -> Iterator[Group]:
@@ -107,8 +113,10 @@ def described(table: pa.Table, findings: Sequence[TypeFindings]) -> pa.Table:
     """The feature table with what was found; what an earlier catalogue said goes."""
     labels, known = np.full(len(table), None, dtype=object), np.zeros(len(table), bool)
     classes, effects = np.zeros((2, len(table), LISTED), np.int64), np.zeros((2, len(table), LISTED), np.float32)
+    images = np.zeros(len(table), np.int32)
     for one in findings:
         rows = one.rows.numpy()
+        images[rows] = one.peak_images
         labels[rows] = [text or None for text in one.labels]
         if one.effects is not None:
             known[rows] = True
@@ -117,11 +125,23 @@ def described(table: pa.Table, findings: Sequence[TypeFindings]) -> pa.Table:
             effects[:, rows, few] = torch.stack([one.effects.raises, one.effects.lowers]).numpy()
     columns = {
         "automatic_label": pa.array(labels, pa.string()),
+        "peak_edges": _edge_lists(len(table), findings),
+        "peak_images": pa.array(images, pa.int32(), mask=images == 0),
         "stability": pa.nulls(len(table), pa.float32()),  # takes rewrites of its own to measure
         "raises": class_effects(classes[0], effects[0], known),
         "lowers": class_effects(classes[1], effects[1], known),
     }
     return with_columns(table, columns)
+
+
+def _edge_lists(rows: int, findings: Sequence[TypeFindings]) -> pa.Array:
+    """The column `peak_edges`, null for what never varied."""
+    edges = np.full((rows, len(PEAK_LEVELS)), np.nan, np.float32)
+    for one in findings:
+        edges[one.rows.numpy()] = one.peak_edges.numpy()
+    known = ~np.isnan(edges).any(1)
+    offsets = np.concatenate([[0], (known * len(PEAK_LEVELS)).cumsum()]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(edges[known].flatten()), mask=pa.array(~known))
 
 
 def link_tables(findings: Sequence[TypeFindings]) -> Iterator[pa.Table]:

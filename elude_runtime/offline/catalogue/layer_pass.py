@@ -25,6 +25,7 @@ from elude_runtime.partition.sums import concept_readout, full_width, neuron_gro
 TOP = 9
 CANDIDATES = 21  # of an end: the top set, and what near misses are taken from
 RANDOM = 4
+PEAK_IMAGES = 512  # drawn at random, whose peaks tell how a feature is distributed over images
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # calibration quantiles
 _READOUT_FLOATS = 16_000_000  # of a block
 _VALUE_FLOATS = 8_000_000  # activations worked on at once
@@ -86,7 +87,8 @@ class Ends:
 
 
 class Block(Ends):
-    """A stretch of features; beside their ends, images near their quantiles, and images drawn at random."""
+    """A stretch of features; beside their ends, images near their quantiles, images drawn at random, and the peaks on
+    many of these."""
 
     roles = ("positive", "negative", "quantile", "random")
 
@@ -94,17 +96,31 @@ class Block(Ends):
         super().__init__(readout, offset, CANDIDATES, tokens, heat)
         self.quantile = NearestImages(levels)
         self.random = DrawnImages(len(readout), RANDOM)
+        self.peaks = DrawnImages(len(readout), PEAK_IMAGES)
 
     def _add(self, places: Tensor, reads: Tensor, draws: Draws, start: int) -> tuple[Tensor, Peaks, Peaks]:
         raw, largest, smallest = super()._add(places, reads, draws, start)
         priority, token = draws.of(places, reads.shape[1])
         upper = largest.values >= -smallest.values
         peaks = torch.where(upper, largest.values, smallest.values)
-        self.random.add(places, priority, peaks, torch.where(upper, largest.tokens, smallest.tokens))
+        tokens = torch.where(upper, largest.tokens, smallest.tokens)
+        self.random.add(places, priority, peaks, tokens)
+        self.peaks.add(places, priority, peaks, tokens)
         images = torch.arange(len(places), device=raw.device)
         drawn = (raw[images, :, token.to(raw.device)] + self.offset).cpu()
         self.quantile.add(places, drawn, token + start)
         return raw, largest, smallest
+
+    def sampled_peaks(self) -> Tensor:
+        """float32 [N, F] of the images drawn, `PEAK_IMAGES` at most."""
+        return self.peaks.activations[torch.isfinite(self.peaks.priorities)]
+
+    def state(self) -> State:
+        return {**super().state(), "peaks": self.peaks.state()}
+
+    def restore(self, state: State) -> None:
+        self.peaks.restore(state["peaks"])
+        super().restore({name: kept for name, kept in state.items() if name != "peaks"})
 
 
 class TypePass:
