@@ -85,10 +85,15 @@ class Sandbox:
 
     def execute(self, command: Sequence[str], timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """A further program inside, as the same user: what `docker exec` and exec probes do."""
+        return subprocess.run(self._inside(command), capture_output=True, text=True, timeout=timeout, check=False)
+
+    def start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """A second container of the same pod: shares the network and the folders; ends with the first at the latest."""
+        return subprocess.Popen(self._inside(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def _inside(self, command: Sequence[str]) -> list[str]:
         enter = ["nsenter", "--target", str(self.pid), "--mount", "--pid", "--net", "--ipc", "--root", "--wd"]
-        return subprocess.run(
-            [*enter, *self._as_user(), *command], capture_output=True, text=True, timeout=timeout, check=False
-        )
+        return [*enter, *self._as_user(), *command]
 
     def _as_user(self) -> list[str]:
         user, _, group = self._user.partition(":")

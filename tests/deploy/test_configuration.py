@@ -1,4 +1,4 @@
-"""TorchServe's configuration files: every key exists, every line has its reason, and the container's differ as they say."""
+"""TorchServe's configuration: every key exists, every line has its reason, the container's differs as it says."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_a_container_differs_from_a_host_only_where_it_says_so() -> None:
 
 
 def test_a_full_queue_fits_into_javas_heap() -> None:
-    """And the batch that is being sent to the worker, in the container that the manifests ask for; and all of Java leaves
-    the worker the gigabyte that it takes."""
+    """And the batch on its way to the worker, in the container that the manifests ask for; and all of Java leaves the
+    worker the gigabyte that it takes."""
     main = load(DEPLOY / "kubernetes" / "base" / "deployment.yaml")["spec"]["template"]["spec"]["containers"][0]
     limit = int(main["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30
     settings = read_properties(CONTAINER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deploy_files import DEPLOY, dockerfile, exec_form
+from deploy_files import DEPLOY, check_call, container, dockerfile, exec_form, load
 from sandbox import OUTSIDE, REPOSITORY, Sandbox, require_namespaces
 
 pytest.importorskip("ts")
@@ -106,6 +107,30 @@ def test_predictions_and_metrics_are_reachable_from_outside_and_management_is_no
     for port in (8081, 7070, 7071):
         status, reason = ask(started, f"http://{OUTSIDE}:{port}/models")
         assert status == 0 and "refused" in reason, f"{port}: {status} {reason}"
+
+
+def test_the_exporter_beside_it_serves_what_the_worker_wrote(started: Sandbox) -> None:
+    """The pod's second container, by the arguments of the manifest."""
+    pod = load(DEPLOY / "kubernetes" / "base" / "deployment.yaml")["spec"]["template"]["spec"]
+    words = container(pod, "exporter")["args"]
+    check_call(words)
+    running = started.start(["elude", *words])
+    try:
+        deadline = time.monotonic() + 60
+        status, text = 0, ""
+        while status != 200 and time.monotonic() < deadline:
+            time.sleep(0.5)
+            status, text = ask(started, f"http://{OUTSIDE}:9464/metrics")
+        assert status == 200 and re.search(r"^elude_workers\S* 1(\.0)?$", text, re.MULTILINE), text
+    finally:
+        running.kill()
+        running.wait()
+
+
+def test_the_log_goes_to_the_standard_output(started: Sandbox) -> None:
+    """As lines that a collector can parse; after the screen that the command prints once."""
+    lines = [line for line in started.output.read_text().splitlines() if line.startswith("{")]
+    assert lines and all({"time", "level", "message"} <= set(json.loads(line)) for line in lines)
 
 
 def test_nothing_was_written_but_in_the_writable_folders(started: Sandbox) -> None:

@@ -76,7 +76,7 @@ def test_both_registrations_answer_alike(server: Server, picture: str) -> None:
 
 
 def test_a_prediction_does_not_wait_for_an_explanation_that_came_before_it(server: Server, picture: str) -> None:
-    """By the order of the answers: a prediction overtakes an explanation of the pool, and none of its own registration."""
+    """By the order of the answers: a prediction overtakes an explanation in the pool, and none in its own queue."""
     long = {"image": {"b64": picture}, "explain": {"method": "integrated_gradients", "steps": LONG}}
 
     def overtakes(name: str) -> bool:

@@ -97,7 +97,7 @@ def constraints() -> dict[str, str]:
 
 
 def test_the_image_pins_all_that_it_installs() -> None:
-    """What pyproject.toml asks for, and what that needs in turn, as far as it is installed here in the pinned version."""
+    """What pyproject.toml asks for, and what that needs in turn where it is installed here in the pinned version."""
     pinned = constraints()
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     waiting = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["serve"]]

@@ -13,11 +13,22 @@ import jsonschema
 import pytest
 import yaml
 from deploy_files import (
-    DEPLOY, KUBERNETES, check_call, container, dockerfile, exec_form, kustomize, load, of_kind, pod_of, settings_of,
+    DEPLOY,
+    KUBERNETES,
+    check_call,
+    container,
+    dockerfile,
+    exec_form,
+    kustomize,
+    load,
+    of_kind,
+    pod_of,
+    settings_of,
 )  # fmt: skip
 
-kubernetes_validate = pytest.importorskip("kubernetes_validate")
 from elude_runtime.cli.server_settings import read_properties
+
+kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
 SCHEMAS = Path(__file__).parent / "schemas"
 COMPONENTS = ("explain-pool", "gpu", "model-volume")
@@ -81,7 +92,9 @@ def test_kubernetes_accepts_every_object(built: dict[str, list[dict[str, Any]]],
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": kserve_pod()}
     kubernetes_validate.validate(pod, release, strict=True)
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate({**pod, "spec": {**kserve_pod(), "enableServiceLink": False}}, release, strict=True)
+        kubernetes_validate.validate(
+            {**pod, "spec": {**kserve_pod(), "enableServiceLink": False}}, release, strict=True
+        )
 
 
 def test_the_operators_accept_their_objects(base: list[dict[str, Any]]) -> None:
@@ -250,7 +263,9 @@ def test_selectors_find_the_pods(base: list[dict[str, Any]]) -> None:
     for service in services:
         assert service["spec"]["selector"].items() <= labels
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= named
-    found = [s for s in services if monitor["spec"]["selector"]["matchLabels"].items() <= s["metadata"]["labels"].items()]
+    found = [
+        s for s in services if monitor["spec"]["selector"]["matchLabels"].items() <= s["metadata"]["labels"].items()
+    ]
     (metrics,) = found
     assert {e["port"] for e in monitor["spec"]["endpoints"]} == {port["name"] for port in metrics["spec"]["ports"]}
     jobs = {endpoint["relabelings"][0]["replacement"] for endpoint in monitor["spec"]["endpoints"]}

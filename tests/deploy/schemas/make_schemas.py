@@ -19,7 +19,9 @@ from typing import Any
 HERE = Path(__file__).parent
 SIMPLE = {"str": "string", "int": "integer", "bool": "boolean", "float": "number"}
 # The predictors of KServe's own runtimes are not used here, and large.
-SKIPPED = re.compile(r"V1beta1(SKLearn|XGBoost|LightGBM|TF|Triton|Torch|ONNX|PMML|Paddle|HuggingFace)\w*|V1beta1Worker\w*")
+SKIPPED = re.compile(
+    r"V1beta1(SKLearn|XGBoost|LightGBM|TF|Triton|Torch|ONNX|PMML|Paddle|HuggingFace)\w*|V1beta1Worker\w*"
+)
 
 
 def servicemonitor() -> dict[str, Any]:
@@ -32,7 +34,7 @@ def servicemonitor() -> dict[str, Any]:
 
 
 def inferenceservice() -> dict[str, Any]:
-    """KServe's v1beta1 InferenceService; Kubernetes' own types inside it are left open, for the Pod's schema to check."""
+    """KServe's v1beta1 InferenceService; Kubernetes' own types in it are left open, for the Pod's schema to check."""
     definitions: dict[str, Any] = {}
     _define("V1beta1InferenceService", definitions)
     root = {"$ref": "#/$defs/V1beta1InferenceService", "$defs": definitions}
