@@ -1,8 +1,8 @@
 """A stand-in for a container engine: a program in Linux namespaces of its own, as an image's and a pod's settings ask.
 
-It has a read-only root made of this host's folders, /tmp of its own in memory, its own processes (it is process 1) and
-network (loopback and one address beside it), the image's user, no capabilities and no new privileges. No image is
-built: Python, Java and the package are this host's. It needs root, or rights that containers often lack.
+It has a read-only root made of this host's folders, /tmp and /metrics of its own in memory, its own processes (it is
+process 1) and network (loopback and one address beside it), the image's user, no capabilities and no new privileges.
+No image is built: Python, Java and the package are this host's. It needs root, or rights that containers often lack.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Sandbox:
         lines += ["mkdir $R/proc $R/etc $R/models $R/metrics", "mount -t tmpfs -o mode=1777 tmpfs $R/tmp"]
         # The host's /etc without its secrets; a copy, so that ours can be added.
         lines.append("cp -r --preserve=links,mode /etc/[a-z]* $R/etc/ && rm -f $R/etc/*shadow*")
-        lines += [f"chown {self._user} $R/metrics", "mount -t proc proc $R/proc"]
+        lines += ["mount -t tmpfs tmpfs $R/metrics", f"chown {self._user} $R/metrics", "mount -t proc proc $R/proc"]
         for folder in dict.fromkeys(seen):
             if Path(folder).exists():  # bound, whether it is a folder of the host or a link to one
                 place = shlex.quote(folder)

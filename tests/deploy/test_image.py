@@ -119,3 +119,12 @@ def test_the_image_pins_all_that_it_installs() -> None:
             waiting += [n for n in needs if not n.marker or any(n.marker.evaluate({"extra": e}) for e in extras)]
         seen.add(name)
     assert len(seen) > 20
+
+
+def test_the_commands_that_the_page_shows_are_ours() -> None:
+    text = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^    elude (.+)$|`elude ((?:archive|serve) [^`]+)`", text, re.MULTILINE)
+    calls = [(block or span).split() for block, span in shown]
+    assert {words[0] for words in calls} == {"archive", "serve"}
+    for words in calls:
+        check_call(words)
