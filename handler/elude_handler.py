@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class EludeHandler:
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
         for output in logging.getLogger().handlers:
             output.addFilter(_mark_lines)
+        # Pillow warns of odd bytes in words that quote them, and Python remembers each warning that it has not met yet.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             from elude_runtime.api.config import ServingConfig
             from elude_runtime.api.engine import Engine, Row

@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,6 +265,18 @@ def test_no_text_of_a_client_becomes_a_line_that_torchserve_reads(module: types.
     text = output.stream.getvalue()
     assert text.count("Forged") == 16
     assert [line for line in text.splitlines() if line.startswith("[METRICS]")] == ["[METRICS]True.Count:1"]
+
+
+def test_warnings_about_images_are_not_collected(recwarn: pytest.WarningsRecorder, handler: Any) -> None:
+    """Each is another text, with numbers of the client's own, and Python would keep all of them."""
+    registry: dict[Any, Any] = {}
+    for number in range(3):
+        text = f"Expecting to read {number} bytes"
+        warnings.warn_explicit(text, UserWarning, "TiffImagePlugin.py", 1, "PIL.TiffImagePlugin", registry)
+    assert not recwarn.list
+    assert len(registry) <= 1  # Python's own count of the filters
+    warnings.warn_explicit("another's", UserWarning, "timm.py", 1, "timm", registry)
+    assert [str(w.message) for w in recwarn.list] == ["another's"]
 
 
 def test_too_few_replies_are_an_error_and_not_a_shift(handler: Any) -> None:
