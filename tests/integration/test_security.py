@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import base64
 import json
+import re
 import shutil
 import socket
 import zipfile
@@ -380,3 +381,21 @@ def test_the_shipped_configuration_is_the_closed_one() -> None:
     assert shipped["enable_envvars_config"] == "false" and shipped["install_py_dep_per_model"] == "false"
     assert not [key for key in shipped if key.startswith("cors_")]
     assert ServingConfig().trust_factory is False
+
+
+def test_the_java_libraries_are_those_that_are_written_down() -> None:
+    """SECURITY.md names what TorchServe's front end bundles; another TorchServe makes that list wrong."""
+    import ts
+
+    with zipfile.ZipFile(Path(ts.__file__).parent / "frontend" / "model-server.jar") as jar:
+        texts = {
+            "Netty": (jar.read("META-INF/io.netty.versions.properties"), rb"netty-codec-http\.version=([\w.]+)"),
+            "gRPC": (jar.read("io/grpc/internal/GrpcUtil.class"), rb"\b(1\.\d+\.\d+)\b"),
+            "Log4j": (jar.read("META-INF/DEPENDENCIES"), rb"log4j-core:jar:([\d.]+)"),
+            "SLF4J": (jar.read("META-INF/DEPENDENCIES"), rb"slf4j-api:jar:([\d.]+)"),
+            "Groovy": (jar.read("META-INF/groovy-release-info.properties"), rb"ImplementationVersion=([\d.]+)"),
+        }
+    page = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8")
+    for name, (content, pattern) in texts.items():
+        found = re.search(pattern, content)
+        assert found and f"{name} {found[1].decode()}" in page, name
