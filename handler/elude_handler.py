@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from decimal import Decimal
 from http import HTTPStatus
 from pathlib import Path
@@ -41,6 +42,8 @@ class EludeHandler:
         # By default TorchServe parses JSON bodies itself, forgiving duplicate keys and NaN. It asks this variable for
         # every request, and this process serves one model only.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
+        # Pillow warns of odd bytes in words that quote them, and Python remembers each warning that it has not met yet.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             from elude_runtime.api.config import ServingConfig
             from elude_runtime.api.engine import Engine, Row

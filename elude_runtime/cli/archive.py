@@ -20,6 +20,7 @@ from rich.console import Console
 from elude_runtime.api.config import ServingConfig
 from elude_runtime.checkpoint.catalogue import FEATURES_JSON, FEATURES_PARQUET, features_json
 from elude_runtime.checkpoint.manifest import MANIFEST, read_manifest
+from elude_runtime.cli.archive_digest import archive_sha256
 from elude_runtime.errors import CheckpointError, EludeError, StorageError
 from elude_runtime.package_files import package_directory, shipped_file
 
@@ -82,11 +83,13 @@ def archive(
     model = name or default_name(checkpoint)
     with Console(stderr=True).status(f"Packing {model}"):
         path = build_archive(checkpoint, out, name=model, version=version, config=config, force=force)
-    size = path.stat().st_size
+    size, digest = path.stat().st_size, archive_sha256(path)
     if as_json:
-        print(json.dumps({"archive": str(path), "name": model, "version": version, "bytes": size}))
+        facts = {"archive": str(path), "name": model, "version": version, "bytes": size, "sha256": digest}
+        print(json.dumps(facts))
     else:
         print(f"{path}  ({size / 1e6:.1f} MB, model {model}, version {version})")
+        print(f"sha256 {digest}")
         print(f"Serve it: elude serve --model-store {out} --models {path.name} --foreground")
 
 

@@ -27,6 +27,10 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="Your own config.properties.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder for logs and keys; default: a temporary one.")] = None,
     token_auth: Annotated[bool, typer.Option(help="Ask for TorchServe's keys.")] = True,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE.mar=SHA256", help="Serve this archive only as `elude archive` made it; repeated."),
+    ] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C, then stop everything.")] = False,
     log_stdout: Annotated[bool, typer.Option("--log-stdout", help="The log as JSON lines here, too.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds until every model must be ready.")] = 300.0,
@@ -35,6 +39,7 @@ def serve(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Serve archives with TorchServe, on this host only."""
+    from elude_runtime.cli.archive_digest import parse_expected
     from elude_runtime.cli.drain import drain
     from elude_runtime.cli.torchserve import Server, stop_server
 
@@ -55,6 +60,7 @@ def serve(
         token_auth=token_auth,
         run_dir=run_dir,
         log_stdout=log_stdout,
+        expect=parse_expected(expect or []),
     )
     try:
         with Console(stderr=True).status("Starting TorchServe and loading " + ", ".join(server.names)):

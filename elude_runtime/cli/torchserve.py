@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from elude_runtime.cli.archive_digest import check_archives
 from elude_runtime.cli.drain import BUSY
 from elude_runtime.cli.exporter_process import METRICS_DIR, ExporterProcess
 from elude_runtime.cli.health import DRAINING, not_ready, read_keys
@@ -56,17 +57,20 @@ class Server:
         run_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
         log_stdout: bool = False,
+        expect: Mapping[str, str] | None = None,
     ) -> None:
         """`models`: archives in the store, `FILE.mar` or `NAME=FILE.mar`; all by default. `config`: a config.properties
         in place of the shipped one. `run_dir`: kept after the end, where a temporary one is removed. `environment`:
         additions to the server's environment, such as `ELUDE_…` settings; with ELUDE_METRICS_DIR among them, or in this
         process's own environment, somebody else serves the workers' metrics, and no exporter is started. `log_stdout`:
-        the log as JSON lines on this process's standard output too.
+        the log as JSON lines on this process's standard output too. `expect`: SHA-256 digests of the archives by file
+        name, checked before anything is started.
 
-        Raises `EludeError` for a store or an archive that is missing.
+        Raises `EludeError` for a store or an archive that is missing, or an archive that is not the expected one.
         """
         self.model_store = Path(model_store).resolve()
         self._models = _find_models(self.model_store, models)
+        check_archives(self.model_store, [a.rpartition("=")[2] for a in self._models], dict(expect or {}))
         self._ports = dict(zip(ADDRESSES, (inference_port, management_port, metrics_port), strict=True))
         self._config = config
         self._token_auth = token_auth

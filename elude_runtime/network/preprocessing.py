@@ -14,6 +14,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from elude_runtime.errors import ImagesError, ImageTooLargeError, ModelError
+from elude_runtime.network.image_cost import check_cost
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 # Every decoder is a door: clients may send these, a user's own folder may hold a few more.
@@ -138,8 +139,10 @@ def _first_kept(scaled: int, crop: int) -> int:
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = OFFLINE_FORMATS) -> Image.Image:
     """Encoded bytes -> upright RGB image: first frame; EXIF orientation applied; 16-bit greys scaled, transparency
-    dropped. formats: Pillow's names of what is tried. ImagesError when it is none of that or has too many pixels."""
+    dropped. formats: Pillow's names of what is tried. ImagesError when it is none of that, has too many pixels, or
+    would take too long (`check_cost`)."""
     try:
+        check_cost(data)
         image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > max_pixels:
             raise ImageTooLargeError(
@@ -178,9 +181,13 @@ def upright_image(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image, dtype=np.float64)
+    """Row by row in float64, which for a whole image of 50 megapixels would take 1.2 GB."""
+    values = np.asarray(image)
     top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
-    return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+    scaled = np.empty(values.shape, np.uint8)
+    for row, own in zip(scaled, values, strict=True):
+        row[:] = (own.astype(np.float64).clip(0, top) * (255.0 / top)).round()
+    return Image.fromarray(scaled)
 
 
 def to_input(image: Image.Image, transform: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -264,7 +265,8 @@ def test_the_command_prints_one_json_document(
     printed = json.loads(capsys.readouterr().out)
     made = tmp_path / "store" / "vit_tiny_patch16-augreg.mar"
     assert printed == {
-        "archive": str(made), "name": "vit_tiny_patch16-augreg", "version": "1.0", "bytes": made.stat().st_size
+        "archive": str(made), "name": "vit_tiny_patch16-augreg", "version": "1.0", "bytes": made.stat().st_size,
+        "sha256": hashlib.sha256(made.read_bytes()).hexdigest(),
     }  # fmt: skip
     with pytest.raises(CheckpointError, match="elude rewrite"):
         archive(tmp_path / "nothing")

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,6 +311,18 @@ def test_the_monitor_sees_rows_and_replies_with_the_traceparent(handler: Any) ->
     run(handler, [body(Traceparent="00-ab-cd-01"), body()])
     ((rows, replies),) = handler._monitor.seen
     assert [row.traceparent for row in rows] == ["00-ab-cd-01", ""] and replies == [None, None]
+
+
+def test_warnings_about_images_are_not_collected(recwarn: pytest.WarningsRecorder, handler: Any) -> None:
+    """Each is another text, with numbers of the client's own, and Python would keep all of them."""
+    registry: dict[Any, Any] = {}
+    for number in range(3):
+        text = f"Expecting to read {number} bytes"
+        warnings.warn_explicit(text, UserWarning, "TiffImagePlugin.py", 1, "PIL.TiffImagePlugin", registry)
+    assert not recwarn.list
+    assert len(registry) <= 1  # Python's own count of the filters
+    warnings.warn_explicit("another's", UserWarning, "timm.py", 1, "timm", registry)
+    assert [str(w.message) for w in recwarn.list] == ["another's"]
 
 
 def test_too_few_replies_are_an_error_and_not_a_shift(handler: Any) -> None:
