@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,14 +81,16 @@ def serve(
             "images": len(encoded),
             "settings": settings,
         }
-        run_ours = partial(_running, store, OURS, ours, server_cores)
-        run_minimal = partial(_running, store, MINIMAL, environment, server_cores)
+        start_ours = partial(_started, store, OURS, ours, server_cores)
+        start_minimal = partial(_started, store, MINIMAL, environment, server_cores)
         # this process draws its progress bars beside the generator
         with pinned(generator_cores), stages() as bar:
             if starts:
-                both = partial(_seconds_to_ready, run_ours), partial(_seconds_to_ready, run_minimal)
+                both = partial(_seconds_to_ready, start_ours), partial(_seconds_to_ready, start_minimal)
                 found["start"] = compare_starts(*both, starts, bar)
-            with run_ours() as (a, _), run_minimal() as (b, _), LoadProcess(generator_cores) as process:
+            with start_ours() as a, start_minimal() as b, LoadProcess(generator_cores) as process:
+                for server in (a, b):
+                    server.wait_ready()
                 targets = [Target(f"{server.url}/predictions/{server.names[0]}", encoded) for server in (a, b)]
                 found["plain"] = compare_plain(process, targets[0], targets[1], plan, bar)
                 if mixed_seconds:
@@ -98,8 +100,8 @@ def serve(
 
 
 @contextmanager
-def _running(store: Path, name: str, environment: dict[str, str], cores: Cores) -> Iterator[tuple[Server, float]]:
-    """(a server with one archive of the store, seconds from its start until its worker was READY)."""
+def _started(store: Path, name: str, environment: dict[str, str], cores: Cores) -> Iterator[Server]:
+    """A server with one archive of the store, on these cores; its worker is not READY yet."""
     from elude_runtime.cli.torchserve import Server
     from elude_runtime.traffic.process import pinned
 
@@ -107,20 +109,20 @@ def _running(store: Path, name: str, environment: dict[str, str], cores: Cores) 
     try:
         with pinned(cores):
             server.start()
-        started = time.perf_counter()
-        server.wait_ready(poll=_POLL_SECONDS)
-        yield server, time.perf_counter() - started
+        yield server
     finally:
         server.stop()
 
 
-def _seconds_to_ready(run: Callable[[], Any]) -> float:
-    with run() as (_, seconds):
-        return float(seconds)
+def _seconds_to_ready(started: Callable[[], AbstractContextManager[Server]]) -> float:
+    with started() as server:
+        since = time.perf_counter()
+        server.wait_ready(poll=_POLL_SECONDS)
+        return time.perf_counter() - since
 
 
 def _settings(config: Path | None) -> dict[str, int]:
-    """How both servers batch, of a model-config.yaml that the archive has checked or will check."""
+    """How both servers batch, of a model-config.yaml."""
     import yaml
 
     file = config or shipped_file("deploy/model-config.yaml")
@@ -128,7 +130,10 @@ def _settings(config: Path | None) -> dict[str, int]:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         return {key: int(content.get(key, 1)) for key in ("batchSize", "maxBatchDelay", "minWorkers", "maxWorkers")}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise EludeError(f"{file} cannot be read as a model's settings: {' '.join(str(error).split())}") from error
+        raise EludeError(
+            f"{file} cannot be read as a model's settings ({' '.join(str(error).split())}); it must hold keys and "
+            "values, such as `batchSize: 8`."
+        ) from error
 
 
 def _environment(servers: Cores, generator: Cores, threads: int | None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Answer:
 class Generator:
     """Asks over connections that are kept from run to run. To be used inside one event loop."""
 
-    def __init__(self, timeout: float = 60.0) -> None:
+    def __init__(self, timeout: float = 120.0) -> None:
         """timeout: seconds until an answer counts as failed."""
         # no bound on connections: an open loop must never queue on the client's side
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=600)

@@ -48,7 +48,7 @@ class LoadProcess:
         answers = load.closed([Ask(url, image)] * 100, clients=4)
     """
 
-    def __init__(self, cores: Cores = frozenset(), timeout: float = 60.0) -> None:
+    def __init__(self, cores: Cores = frozenset(), timeout: float = 120.0) -> None:
         """cores: to run on; empty: wherever the system likes. timeout: seconds until an answer counts as failed."""
         spawn = multiprocessing.get_context("spawn")  # a fork would take along whatever this process has loaded
         self._ours, theirs = spawn.Pipe()
