@@ -6,6 +6,7 @@ library only, because TorchServe reports an ImportError here as a missing `ts.to
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -67,6 +68,8 @@ class EludeHandler:
             )
             self._row, self._monitor = Row, Monitor(self._engine)
             self._busy = _open_mark()
+            # What is loaded stays: the collector need not look through it in the middle of a request ever again.
+            gc.freeze()
         except Exception as error:
             # The package's own errors are sentences for people; others need their name to be understood.
             ours = any(kind.__name__ == "EludeError" for kind in type(error).__mro__)

@@ -95,13 +95,8 @@ def archive(
 
 def _pack(checkpoint: Path, scratch: Path, name: str, version: str, settings: Path) -> Path:
     """Stages the content in `scratch` and runs the archiver there; gives the archive's path inside `scratch`."""
-    from model_archiver.model_archiver_config import ModelArchiverConfig
-    from model_archiver.model_archiver_error import ModelArchiverError
-    from model_archiver.model_packaging import generate_model_archive
-
-    stage, made, temporary = scratch / "stage", scratch / "made", scratch / "tmp"
-    for folder in (stage / "checkpoint", made, temporary):
-        folder.mkdir(parents=True)
+    stage = scratch / "stage"
+    (stage / "checkpoint").mkdir(parents=True)
     for file in (MANIFEST, TENSORS, *_BESIDE):
         if (checkpoint / file).exists():
             # A link: the archiver copies what it points to, and large weights need not be copied twice.
@@ -109,6 +104,19 @@ def _pack(checkpoint: Path, scratch: Path, name: str, version: str, settings: Pa
     if any((checkpoint / table).exists() for table in (FEATURES_JSON, FEATURES_PARQUET)):
         (stage / "checkpoint" / FEATURES_JSON).write_bytes(features_json(checkpoint))
     _copy_package(stage / "elude_runtime")
+    return run_archiver(stage, scratch, name, version, settings, "handler/elude_handler.py")
+
+
+def run_archiver(stage: Path, scratch: Path, name: str, version: str, settings: Path, handler: str) -> Path:
+    """Packs what lies in `stage`, with a shipped handler and the model's settings; gives the archive's path inside
+    `scratch`."""
+    from model_archiver.model_archiver_config import ModelArchiverConfig
+    from model_archiver.model_archiver_error import ModelArchiverError
+    from model_archiver.model_packaging import generate_model_archive
+
+    made, temporary = scratch / "made", scratch / "tmp"
+    for folder in (made, temporary):
+        folder.mkdir(parents=True)
     shutil.copyfile(settings, scratch / "model-config.yaml")
     try:
         with _private_archiver(temporary):
@@ -116,7 +124,7 @@ def _pack(checkpoint: Path, scratch: Path, name: str, version: str, settings: Pa
                 ModelArchiverConfig(
                     model_name=name,
                     version=version,
-                    handler=str(shipped_file("handler/elude_handler.py")),
+                    handler=str(shipped_file(handler)),
                     extra_files=str(stage),
                     export_path=str(made),
                     config_file=str(scratch / "model-config.yaml"),

@@ -177,8 +177,9 @@ class Server:
             raise
         return self
 
-    def wait_ready(self, timeout: float = 300.0) -> None:
-        """Returns when every model has a READY worker; raises `ServerError` with the real cause as soon as one dies."""
+    def wait_ready(self, timeout: float = 300.0, poll: float = 0.2) -> None:
+        """Returns when every model has a READY worker, of which it asks every `poll` seconds; raises `ServerError` with
+        the real cause as soon as one dies."""
         deadline = time.monotonic() + timeout
         reason: str | None = "it did not answer."
         while time.monotonic() < deadline:
@@ -192,7 +193,7 @@ class Server:
             reason = not_ready(self.management_url, self.names, self._management_token(), timeout=5.0)
             if reason is None:
                 return
-            time.sleep(0.2)
+            time.sleep(poll)
         raise self._failure(f"TorchServe was not ready after {timeout:.0f} s: {reason}")
 
     def wait(self) -> int:
