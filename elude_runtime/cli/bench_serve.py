@@ -16,7 +16,7 @@ import typer
 
 from elude_runtime.cli import model_options as options
 from elude_runtime.cli.progress import console, stages
-from elude_runtime.errors import EludeError
+from elude_runtime.errors import EludeError, ServerError
 from elude_runtime.package_files import shipped_file
 
 if TYPE_CHECKING:
@@ -110,8 +110,12 @@ def _started(store: Path, name: str, environment: dict[str, str], cores: Cores) 
         with pinned(cores):
             server.start()
         yield server
-    finally:
-        server.stop()
+    except BaseException as error:
+        server.stop(keep_run_dir=isinstance(error, ServerError))  # its logs are the only witnesses
+        if isinstance(error, ServerError):
+            console.print(f"Logs of {name}: {server.run_dir / 'logs'}", highlight=False, soft_wrap=True)
+        raise
+    server.stop()
 
 
 def _seconds_to_ready(started: Callable[[], AbstractContextManager[Server]]) -> float:
