@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -193,8 +193,23 @@ def workers(server: Server) -> dict[str, tuple[int, str]]:
     return found
 
 
-def megabytes(server: Server) -> dict[str, float]:
-    """Resident memory, in MB, of each model's worker and of the front end (`java`)."""
-    found = {name: psutil.Process(pid).memory_info().rss / 1e6 for name, (pid, _) in workers(server).items()}
-    java = [process for process in session_members(server.pid, 0) if process.name() == "java"]
-    return {**found, "java": sum(process.memory_info().rss for process in java) / 1e6}
+class Memory(NamedTuple):
+    """In MB. own: what the process shares with no other, which the system does not take away as it may pages of files
+    that are counted as resident."""
+
+    resident: float
+    own: float
+
+    def since(self, before: Memory) -> Memory:
+        return Memory(self.resident - before.resident, self.own - before.own)
+
+    def __str__(self) -> str:
+        return f"{self.resident:.0f} MB ({self.own:.0f} of its own)"
+
+
+def memory(server: Server) -> dict[str, Memory]:
+    """Of each model's worker and of the front end (`java`)."""
+    processes = {name: psutil.Process(pid) for name, (pid, _) in workers(server).items()}
+    processes["java"] = next(one for one in session_members(server.pid, 0) if one.name() == "java")
+    sizes = {name: process.memory_full_info() for name, process in processes.items()}
+    return {name: Memory(size.rss / 1e6, size.uss / 1e6) for name, size in sizes.items()}
