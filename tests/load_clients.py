@@ -36,6 +36,7 @@ from elude_runtime.demo.model import load_demo_model
 from elude_runtime.demo.rewrite import rewrite_demo
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.offline.rewrite import rewrite_checkpoint
+from elude_runtime.package_files import shipped_file
 from elude_runtime.partition import SplitConfig
 
 CLIENTS = 16
@@ -133,8 +134,11 @@ def _together(server: Server, parts: list[Iterable[Asked]]) -> Outcome:
 
 
 @contextmanager
-def serving(checkpoint: Path, folder: Path, images: Sequence[bytes], name: str) -> Iterator[tuple[Server, Traffic]]:
-    """A server of a copy of the checkpoint, with a policy and a vector, and the traffic to send it."""
+def serving(
+    checkpoint: Path, folder: Path, images: Sequence[bytes], name: str, patience: int = 60
+) -> Iterator[tuple[Server, Traffic]]:
+    """A server of a copy of the checkpoint, with a policy and a vector, and the traffic to send it. patience: seconds
+    that a batch may take (`responseTimeout`), in place of what is shipped."""
     copy = folder / "checkpoint"
     shutil.copytree(checkpoint, copy)
     config = ServingConfig(**LIMITS, trust_factory=True)  # type: ignore[arg-type]
@@ -146,13 +150,15 @@ def serving(checkpoint: Path, folder: Path, images: Sequence[bytes], name: str) 
     )
     ablate = [{"feature": f"{layer}/P0", "mode": "ablate"}]
     save_policy(copy, POLICY, {"partition_sha256": partition, "edits": ablate})
-    build_archive(copy, folder / "store", name=name)
+    shipped, settings = shipped_file("deploy/model-config.yaml").read_text(), folder / "model-config.yaml"
+    settings.write_text(shipped.replace("responseTimeout: 60", f"responseTimeout: {patience}"))
+    build_archive(copy, folder / "store", name=name, config=settings)
     engine = Engine.open(copy, config, name=name, version="1.0")
     limits = {f"ELUDE_{key.upper()}": str(value) for key, value in LIMITS.items()}
     environment = {**limits, "ELUDE_TRUST_FACTORY": "true", "ELUDE_THREADS": str(torch.get_num_threads())}
     with Server(folder / "store", token_auth=False, environment=environment, run_dir=folder / "run") as server:
         traffic = Traffic(engine, images)  # while the server loads
-        server.wait_ready(240)
+        server.wait_ready(600)
         yield server, traffic
 
 

@@ -69,7 +69,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[t
         build_archive(checkpoint, folder / "store", name=name)
     environment = {"ELUDE_THREADS": "1", "ELUDE_TRUST_FACTORY": "true"}
     with Server(folder / "store", token_auth=False, environment=environment) as server:
-        server.wait_ready(240)
+        server.wait_ready(600)
         yield server, {name: demo_images(8) if name == "demo" else photographs for name in made}
 
 

@@ -31,13 +31,14 @@ from elude_runtime.cli.torchserve import Server
 
 pytestmark = pytest.mark.server
 GROWTH = 50  # MB that a worker may grow by after it is warm
+PATIENCE = 240  # seconds: how fast this machine is, is not the question here
 Loaded = tuple[Server, Traffic]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     folder = tmp_path_factory.mktemp("load")
-    with serving(demo_checkpoint(folder), folder, demo_images(4), "demo") as loaded:
+    with serving(demo_checkpoint(folder), folder, demo_images(4), "demo", PATIENCE) as loaded:
         yield loaded
 
 
@@ -47,7 +48,7 @@ def deit(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Loa
     folder = tmp_path_factory.mktemp("deit")
     made = real_checkpoint(shared, "deit_tiny_3bit", folder / "made")
     images = [file.read_bytes() for file in real_images(shared)[5:400:100]]
-    with serving(made, folder, images, "deit") as loaded:
+    with serving(made, folder, images, "deit", PATIENCE) as loaded:
         yield loaded
 
 
