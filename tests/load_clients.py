@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -36,6 +36,7 @@ from elude_runtime.demo.model import load_demo_model
 from elude_runtime.demo.rewrite import rewrite_demo
 from elude_runtime.network.preprocessing import DataConfig
 from elude_runtime.offline.rewrite import rewrite_checkpoint
+from elude_runtime.package_files import shipped_file
 from elude_runtime.partition import SplitConfig
 
 CLIENTS = 16
@@ -133,8 +134,11 @@ def _together(server: Server, parts: list[Iterable[Asked]]) -> Outcome:
 
 
 @contextmanager
-def serving(checkpoint: Path, folder: Path, images: Sequence[bytes], name: str) -> Iterator[tuple[Server, Traffic]]:
-    """A server of a copy of the checkpoint, with a policy and a vector, and the traffic to send it."""
+def serving(
+    checkpoint: Path, folder: Path, images: Sequence[bytes], name: str, patience: int = 60
+) -> Iterator[tuple[Server, Traffic]]:
+    """A server of a copy of the checkpoint, with a policy and a vector, and the traffic to send it. patience: seconds
+    that a batch may take (`responseTimeout`), in place of what is shipped."""
     copy = folder / "checkpoint"
     shutil.copytree(checkpoint, copy)
     config = ServingConfig(**LIMITS, trust_factory=True)  # type: ignore[arg-type]
@@ -146,13 +150,15 @@ def serving(checkpoint: Path, folder: Path, images: Sequence[bytes], name: str) 
     )
     ablate = [{"feature": f"{layer}/P0", "mode": "ablate"}]
     save_policy(copy, POLICY, {"partition_sha256": partition, "edits": ablate})
-    build_archive(copy, folder / "store", name=name)
+    shipped, settings = shipped_file("deploy/model-config.yaml").read_text(), folder / "model-config.yaml"
+    settings.write_text(shipped.replace("responseTimeout: 60", f"responseTimeout: {patience}"))
+    build_archive(copy, folder / "store", name=name, config=settings)
     engine = Engine.open(copy, config, name=name, version="1.0")
     limits = {f"ELUDE_{key.upper()}": str(value) for key, value in LIMITS.items()}
     environment = {**limits, "ELUDE_TRUST_FACTORY": "true", "ELUDE_THREADS": str(torch.get_num_threads())}
     with Server(folder / "store", token_auth=False, environment=environment, run_dir=folder / "run") as server:
         traffic = Traffic(engine, images)  # while the server loads
-        server.wait_ready(240)
+        server.wait_ready(600)
         yield server, traffic
 
 
@@ -193,8 +199,23 @@ def workers(server: Server) -> dict[str, tuple[int, str]]:
     return found
 
 
-def megabytes(server: Server) -> dict[str, float]:
-    """Resident memory, in MB, of each model's worker and of the front end (`java`)."""
-    found = {name: psutil.Process(pid).memory_info().rss / 1e6 for name, (pid, _) in workers(server).items()}
-    java = [process for process in session_members(server.pid, 0) if process.name() == "java"]
-    return {**found, "java": sum(process.memory_info().rss for process in java) / 1e6}
+class Memory(NamedTuple):
+    """In MB. own: what the process shares with no other, which the system does not take away as it may pages of files
+    that are counted as resident."""
+
+    resident: float
+    own: float
+
+    def since(self, before: Memory) -> Memory:
+        return Memory(self.resident - before.resident, self.own - before.own)
+
+    def __str__(self) -> str:
+        return f"{self.resident:.0f} MB ({self.own:.0f} of its own)"
+
+
+def memory(server: Server) -> dict[str, Memory]:
+    """Of each model's worker and of the front end (`java`)."""
+    processes = {name: psutil.Process(pid) for name, (pid, _) in workers(server).items()}
+    processes["java"] = next(one for one in session_members(server.pid, 0) if one.name() == "java")
+    sizes = {name: process.memory_full_info() for name, process in processes.items()}
+    return {name: Memory(size.rss / 1e6, size.uss / 1e6) for name, size in sizes.items()}

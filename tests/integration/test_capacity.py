@@ -22,10 +22,11 @@ pytest.importorskip("ts")
 from bad_input import document
 from load_clients import (
     CLIENTS,
+    Memory,
     OneClient,
     demo_checkpoint,
     demo_images,
-    megabytes,
+    memory,
     real_checkpoint,
     real_images,
     workers,
@@ -41,20 +42,19 @@ Request = tuple[bytes, str]  # body and content type
 
 @dataclass(frozen=True)
 class Carried:
-    """One row of the table. processor: the worker's, in seconds; own: memory that it shares with no other, in MB."""
+    """One row of the table. processor: the worker's, in seconds; memory: of the worker."""
 
     model: str
     asked: str
     requests: int
     seconds: float
     processor: float
-    resident: float
-    own: float
+    memory: Memory
 
     def __str__(self) -> str:
         return (
             f"| {self.model} | {self.asked} | {self.requests / self.seconds:.0f} "
-            f"| {self.requests / self.processor:.0f} | {self.resident:.0f} | {self.own:.0f} |"
+            f"| {self.requests / self.processor:.0f} | {self.memory.resident:.0f} | {self.memory.own:.0f} |"
         )
 
 
@@ -69,7 +69,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[t
         build_archive(checkpoint, folder / "store", name=name)
     environment = {"ELUDE_THREADS": "1", "ELUDE_TRUST_FACTORY": "true"}
     with Server(folder / "store", token_auth=False, environment=environment) as server:
-        server.wait_ready(240)
+        server.wait_ready(600)
         yield server, {name: demo_images(8) if name == "demo" else photographs for name in made}
 
 
@@ -96,8 +96,7 @@ def _measure(server: Server, model: str, asked: str, requests: list[Request]) ->
     count = _keep_asking(server, model, requests, SECONDS)
     seconds, after = time.monotonic() - started, worker.cpu_times()
     processor = after.user + after.system - before.user - before.system
-    own = worker.memory_full_info().uss / 1e6
-    return Carried(model, asked, count, seconds, processor, megabytes(server)[model], own)
+    return Carried(model, asked, count, seconds, processor, memory(server)[model])
 
 
 def _keep_asking(server: Server, model: str, requests: list[Request], seconds: float) -> int:

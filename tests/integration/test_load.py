@@ -18,7 +18,7 @@ from load_clients import (
     demo_checkpoint,
     demo_images,
     load,
-    megabytes,
+    memory,
     once,
     real_checkpoint,
     real_images,
@@ -31,13 +31,14 @@ from elude_runtime.cli.torchserve import Server
 
 pytestmark = pytest.mark.server
 GROWTH = 50  # MB that a worker may grow by after it is warm
+PATIENCE = 240  # seconds: how fast this machine is, is not the question here
 Loaded = tuple[Server, Traffic]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     folder = tmp_path_factory.mktemp("load")
-    with serving(demo_checkpoint(folder), folder, demo_images(4), "demo") as loaded:
+    with serving(demo_checkpoint(folder), folder, demo_images(4), "demo", PATIENCE) as loaded:
         yield loaded
 
 
@@ -47,7 +48,7 @@ def deit(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Loa
     folder = tmp_path_factory.mktemp("deit")
     made = real_checkpoint(shared, "deit_tiny_3bit", folder / "made")
     images = [file.read_bytes() for file in real_images(shared)[5:400:100]]
-    with serving(made, folder, images, "deit") as loaded:
+    with serving(made, folder, images, "deit", PATIENCE) as loaded:
         yield loaded
 
 
@@ -69,7 +70,7 @@ def test_every_request_and_a_mixed_load(demo: Loaded) -> None:
     before = workers(server)
     first = once(server, traffic)
     assert_right(first)
-    warm = megabytes(server)["demo"]
+    warm = memory(server)["demo"]
     mixed = load(server, traffic, 1500 - first.requests)
     assert_right(mixed)
     assert_unharmed(server, before)
@@ -78,9 +79,9 @@ def test_every_request_and_a_mixed_load(demo: Loaded) -> None:
     assert (first + mixed).statuses[503] > 0  # by budget
     bad = [count for kind, count in mixed.kinds.items() if kind not in WEIGHTS]
     assert 0.02 < sum(bad) / mixed.requests < 0.08
-    grown = megabytes(server)["demo"] - warm
-    print(f"\ndemo: {first + mixed}; the worker has {warm:.0f} MB and grew by {grown:.1f} MB")
-    assert grown < GROWTH
+    grown = memory(server)["demo"].since(warm)
+    print(f"\ndemo: {first + mixed}; the worker had {warm} and grew by {grown}")
+    assert max(grown) < GROWTH
 
 
 @pytest.mark.long
@@ -90,12 +91,12 @@ def test_a_long_mixed_load(request: pytest.FixtureRequest, model: str, requests:
     before = workers(server)
     warm_up = once(server, traffic) + load(server, traffic, 1000, seed=1)
     assert_right(warm_up)
-    warm = megabytes(server)
+    warm = memory(server)
     mixed = load(server, traffic, requests, seed=2)
-    grown = {name: size - warm[name] for name, size in megabytes(server).items()}
-    sizes = ", ".join(f"{name} has {size:.0f} MB and grew by {grown[name]:.1f} MB" for name, size in warm.items())
+    grown = {name: size.since(warm[name]) for name, size in memory(server).items()}
+    sizes = ", ".join(f"{name} had {size} and grew by {grown[name]}" for name, size in warm.items())
     print(f"\n{model}: {mixed}; {sizes}")
     assert_right(mixed)
     assert_unharmed(server, before)
     assert mixed.requests == requests and mixed.statuses[500] > 0 and mixed.statuses[503] > 0
-    assert grown[model] < GROWTH
+    assert max(grown[model]) < GROWTH
