@@ -4,7 +4,10 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format setup need-python need-java want-chromium clean
+# Files that a checkpoint's or an answer's digests stand in hold no secret for it.
+NO_SECRETS := 'sha256|"id":"[0-9a-f]{32}"'
+
+.PHONY: demo test lint format audit setup need-python need-java want-chromium clean
 
 demo: setup need-java
 	@$(BIN)/elude demo
@@ -21,6 +24,17 @@ lint: setup
 format: setup
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# Offline: versions that fit together, no secret in a file of the repository, a bill of materials. With a network: known
+# vulnerabilities of what is installed, which pip-audit asks a service for.
+audit: setup
+	@$(BIN)/python -m pip install --quiet --editable '.[audit]'
+	@$(BIN)/python -m pip check
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-lines $(NO_SECRETS) && echo "No secrets found."
+	@mkdir -p build && $(BIN)/cyclonedx-py environment --pyproject pyproject.toml --of JSON -o build/sbom.json $(BIN)/python \
+		&& echo "build/sbom.json: the bill of materials (CycloneDX)"
+	@$(BIN)/pip-audit --skip-editable --strict || \
+		{ echo "Known vulnerabilities were found, or could not be asked for: pip-audit needs a network."; exit 1; }
 
 setup: $(READY)
 

@@ -6,10 +6,12 @@ library only, because TorchServe reports an ImportError here as a missing `ts.to
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import sys
+import warnings
 from decimal import Decimal
 from http import HTTPStatus
 from pathlib import Path
@@ -31,6 +33,7 @@ class EludeHandler:
         self._engine: Any = None
         self._monitor: Any = None
         self._row: Any = None
+        self._busy: int | None = None
 
     def initialize(self, context: Any) -> None:
         """Opens the checkpoint that the archive carries, with the package it carries; raises if it cannot serve it."""
@@ -40,6 +43,8 @@ class EludeHandler:
         # By default TorchServe parses JSON bodies itself, forgiving duplicate keys and NaN. It asks this variable for
         # every request, and this process serves one model only.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
+        # Pillow warns of odd bytes in words that quote them, and Python remembers each warning that it has not met yet.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             from elude_runtime.api.config import ServingConfig
             from elude_runtime.api.engine import Engine, Row
@@ -62,6 +67,9 @@ class EludeHandler:
                 version=str(model.get("modelVersion", "1.0")),
             )
             self._row, self._monitor = Row, Monitor(self._engine)
+            self._busy = _open_mark()
+            # What is loaded stays: the collector need not look through it in the middle of a request ever again.
+            gc.freeze()
         except Exception as error:
             # The package's own errors are sentences for people; others need their name to be understood.
             ours = any(kind.__name__ == "EludeError" for kind in type(error).__mro__)
@@ -71,6 +79,13 @@ class EludeHandler:
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """One reply text for every request of the batch; status and headers of each row are set on `context`."""
+        self._mark_busy(b"1")
+        try:
+            return self._reply(data, context)
+        finally:
+            self._mark_busy(b"0")
+
+    def _reply(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         if not data:
             return []
         if data == [{}] and context.get_request_header(0, "describe") == "True":
@@ -88,6 +103,10 @@ class EludeHandler:
         except Exception:
             logger.exception("the engine failed to describe itself")
             return {"error": "The description failed; the server's log says why."}
+
+    def _mark_busy(self, mark: bytes) -> None:
+        if self._busy is not None:
+            os.pwrite(self._busy, mark, 0)
 
     def _answer(self, rows: list[Any]) -> list[Any]:
         """The engine's replies, None for a row over which it failed.
@@ -161,6 +180,16 @@ def _set_status(index: int, status: int, content_type: str, context: Any) -> Non
         phrase = "Status"
     context.set_response_status(status, phrase, index)
     context.set_response_content_type(index, content_type if _is_plain(content_type) else "application/json")
+
+
+def _open_mark() -> int | None:
+    """This worker's file in ELUDE_BUSY_DIR: `elude serve` waits for a 0 in each before it ends TorchServe."""
+    folder = os.environ.get("ELUDE_BUSY_DIR")
+    if not folder:
+        return None
+    mark = os.open(Path(folder) / f"{os.getpid()}.busy", os.O_RDWR | os.O_CREAT, 0o600)
+    os.pwrite(mark, b"0", 0)
+    return mark
 
 
 def _as_bytes(value: Any) -> bytes:

@@ -239,7 +239,8 @@ NOT_JSON = [
     _json("Latin-1", '{"id": "\xe9"}'.encode("latin-1"), "UTF-8"),
     _json("two megabytes of junk as JSON", _JUNK, ""),
     _json("two megabytes of brackets", b"[" * 2_000_000, "deeper"),
-    _json("two megabytes of quotes", b'"' * 2_000_000, "not JSON"),
+    _json("two megabytes of quotes", b'"' * 2_000_000, "strings"),
+    _json("two megabytes of empty objects", b"[" + b"{}," * 700_000 + b"{}]", "objects"),
     _json("a number of 5,000 digits", b'{"top_k": ' + b"9" * 5000 + b"}", ""),
 ]
 
@@ -347,6 +348,7 @@ STEERING = [
     _scope("a mask of uneven rows", {"mask": [[0, 1], [1]]}, "one length"),
     _scope("a mask of twos", {"mask": [[0, 2]]}, "mask"),
     _scope("an empty mask", {"mask": []}, "mask"),
+    _scope("a mask of 800,000 twos", {"mask": [[2] * 900] * 900}, "mask"),
     _scope("a scope of no kind", {"tokens": "left"}, "tokens"),
     _scope("a patch feature on the class token", {"tokens": "cls"}, "", "invalid-edit"),
     _edit("a class feature on patches", {"feature": C0, "mode": "ablate", "apply": {"tokens": "patches"}}, "",

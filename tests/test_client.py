@@ -216,6 +216,56 @@ class TestSent:
             Service(ok()).client().steer(IMAGE, edits=[object()])
 
 
+class TestExpected:
+    """A client that is bound to one checkpoint."""
+
+    SHA = "ab" * 32
+    EXPECT: ClassVar[dict[str, Any]] = {"expect": {"checkpoint_sha256": SHA}}
+
+    def test_it_goes_with_every_request_but_describe(self) -> None:
+        page = TestOperations().page(0, cursor=None)
+        service = Service(ok(), ok(), ok(), page, httpx.Response(500))
+        client = service.client(checkpoint_sha256=self.SHA, retries=0)
+        client.predict(IMAGE)
+        assert service.document == self.EXPECT
+        client.explain(IMAGE)
+        assert service.document == {"explain": {}, **self.EXPECT}
+        client.request(IMAGE, {"top_k": 2})
+        assert service.document == {"top_k": 2, **self.EXPECT}
+        list(client.features("stripes"))
+        assert service.document == {"op": "features", "query": "stripes", **self.EXPECT}
+        with pytest.raises(ProblemError):
+            client.vectors("blocks.1", [IMAGE], [IMAGE])
+        assert service.document["expect"] == self.EXPECT["expect"]
+        with pytest.raises(ProblemError):  # how a client learns what is served now
+            client.describe()
+        assert service.document == {"op": "describe"}
+
+    def test_a_requests_own_goes_before_it(self) -> None:
+        service = Service(ok())
+        own = {"expect": {"checkpoint_sha256": "cd" * 32}}
+        client = service.client(checkpoint_sha256=self.SHA)
+        client.request(IMAGE, Request.model_validate(own))
+        assert service.document == own
+        client.request(IMAGE, own)
+        assert service.document == own
+
+    def test_no_digest(self) -> None:
+        with pytest.raises(SettingsError, match="64 hexadecimal digits"):
+            Client(URL, "vit", checkpoint_sha256="abc")
+
+    def test_the_other_client_too(self) -> None:
+        async def ask(service: Service) -> None:
+            settings: Any = {"transport": httpx.MockTransport(service), "checkpoint_sha256": self.SHA}
+            async with AsyncClient(URL, "vit", **settings) as client:
+                await client.predict(IMAGE)
+                assert service.document == self.EXPECT
+                assert [f.feature async for f in client.features()] == ["blocks.1/P0"]
+                assert service.document == {"op": "features", **self.EXPECT}
+
+        asyncio.run(ask(Service(ok(), TestOperations().page(0, cursor=None))))
+
+
 class TestImages:
     def test_a_path(self, tmp_path: Path) -> None:
         (tmp_path / "a.jpg").write_bytes(IMAGE)
@@ -442,6 +492,10 @@ def no_worker(_: httpx.Request) -> httpx.Response:
     return httpx.Response(503, text=text)
 
 
+def worker_died(status: int) -> Callable[[httpx.Request], httpx.Response]:
+    return lambda _: httpx.Response(status, text=torchserve(status, "InternalServerException", "Worker died."))
+
+
 class TestRetries:
     def test_after_503_until_it_is_answered(self, waits: list[float]) -> None:
         service = Service(problem(BUSY, 503), no_worker, ok())
@@ -477,10 +531,42 @@ class TestRetries:
             Service(no_worker).client(retries=1).predict(IMAGE)
 
     @pytest.mark.parametrize(
+        "lost",
+        [
+            httpx.Response(429), httpx.Response(502, text="<html><title>502 Bad Gateway</title>"),
+            httpx.ReadError("reset"), httpx.WriteError("broken pipe"), httpx.RemoteProtocolError("disconnected"),
+        ],
+        ids=repr,
+    )  # fmt: skip
+    def test_where_the_server_was_lost(self, waits: list[float], lost: Any) -> None:
+        service = Service(lost, lost, lost, ok())
+        assert service.client().predict(IMAGE).id == "r1"
+        assert len(service.asked) == 4 and waits == [0.25, 0.5, 1.0]
+        service = Service(lost, ok())
+        with pytest.raises(ProblemError):
+            service.client(retries=0).predict(IMAGE)
+        assert len(service.asked) == 1
+
+    @pytest.mark.parametrize(
+        "outcome", [worker_died(500), worker_died(507), httpx.Response(504)], ids=["500", "507", "504"]
+    )
+    def test_what_may_have_ended_a_worker_is_asked_once_more(self, waits: list[float], outcome: Any) -> None:
+        service = Service(outcome)
+        with pytest.raises(ProblemError):
+            service.client(retries=9).predict(IMAGE)
+        assert len(service.asked) == 2 and waits == [0.25]
+        service = Service(outcome)
+        with pytest.raises(ProblemError):
+            service.client(retries=0).predict(IMAGE)
+        assert len(service.asked) == 1
+        assert Service(outcome, ok()).client().predict(IMAGE).id == "r1"
+
+    @pytest.mark.parametrize(
         "outcome",
         [
-            *(httpx.Response(s) for s in (400, 404, 413, 422, 429, 500, 502, 504, 507)),
-            httpx.ReadTimeout("x"), httpx.ReadError("x"), httpx.RemoteProtocolError("x"),
+            *(httpx.Response(s) for s in (400, 401, 404, 412, 413, 422, 500, 507)),
+            problem({**PROBLEM, "type": "internal-error", "status": 500}, 500),
+            httpx.ReadTimeout("x"), httpx.WriteTimeout("x"), httpx.PoolTimeout("x"),
         ],
         ids=repr,
     )  # fmt: skip
@@ -534,6 +620,11 @@ class TestAsync:
         service = Service(httpx.ConnectError("refused"), no_worker, problem())
         with pytest.raises(ProblemError, match="unknown-feature"):
             self.run(service, lambda c: c.predict(IMAGE))
+        assert len(service.asked) == 3 and waits == [0.25, 0.5]
+
+    def test_a_lost_server(self, waits: list[float]) -> None:
+        service = Service(httpx.Response(502), httpx.ReadError("reset"), ok())
+        assert self.run(service, lambda c: c.predict(IMAGE)).id == "r1"
         assert len(service.asked) == 3 and waits == [0.25, 0.5]
 
     def test_it_has_the_same_methods(self) -> None:

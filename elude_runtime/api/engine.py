@@ -24,6 +24,7 @@ from elude_runtime.api import operations
 from elude_runtime.api.batch import Job, Watch, internal_error, milliseconds, run_batch
 from elude_runtime.api.changes import near_features, places, plan, steering_of
 from elude_runtime.api.config import ServingConfig
+from elude_runtime.api.decoding import DecodePool
 from elude_runtime.api.documents import ReplyDocuments
 from elude_runtime.api.intake import Body, ImageReader, Picture, Question, Row, read_body, read_question, validated
 from elude_runtime.api.kserve import Envelope, is_kserve, open_envelope
@@ -40,6 +41,7 @@ from elude_runtime.checkpoint.catalogue import FeatureCatalogue, read_catalogue
 from elude_runtime.checkpoint.policies import read_policies
 from elude_runtime.checkpoint.vectors import StoredVector, read_vectors
 from elude_runtime.errors import CheckpointError, FeatureError, closest
+from elude_runtime.network.served_transform import served_transform
 
 __all__ = ["Answered", "Engine", "Row"]
 logger = logging.getLogger(__name__)
@@ -66,6 +68,16 @@ class _Operation:
     name: str
     run: Callable[[], Answered]
     work: float = 0.0
+
+
+@dataclass(frozen=True)
+class _TakenIn:
+    """A request as far as it can be read without the model. questions: one, or an envelope's; milliseconds: it took."""
+
+    body: Body
+    questions: Sequence[Question | Problem] = ()
+    envelope: Envelope | None = None
+    milliseconds: float = 0.0
 
 
 @dataclass
@@ -108,7 +120,9 @@ class Engine:
             checkpoint_sha256=manifest.checkpoint_sha256,
         )
         self.vectors, self.catalogue = dict(vectors or {}), catalogue
-        self.transform = model.data_config.transform()
+        self.transform = served_transform(model.data_config)
+        # as many threads decode as compute: one after the other, they share the same cores
+        self.pool = DecodePool(torch.get_num_threads(), config.max_request_pixels)
         self.shares = tail_shares(model)  # plans the tails too, before the server says that it is ready
         classes = manifest.output == "logits"
         self.writer = ReplyWriter(manifest.labels, catalogue, model.data_config.input_size, classes=classes)
@@ -168,7 +182,8 @@ class Engine:
     def answer(self, rows: Sequence[Row]) -> list[Answered]:
         """One reply a row, in order. A bad row gets a problem document and no other row notices."""
         started = time.perf_counter()
-        asked_for = [self._guard(self._read, row, row) for row in rows]
+        taken_in = self.pool.map(lambda row: self._guard(self._take_in, row, row, len(rows) == 1), rows)
+        asked_for = [self._guard(self._read, row, row, taken) for row, taken in zip(rows, taken_in, strict=True)]
         read = list(asked_for)
         costly = [n for n, asked in enumerate(read) if isinstance(asked, _Asked | _Operation)]
         let_in = admitted([read[n].work for n in costly], self.config.max_batch_work)
@@ -199,22 +214,39 @@ class Engine:
 
     # --- in -----------------------------------------------------------------------------------------------------------
 
-    def _read(self, row: Row) -> _Asked | _Operation:
+    def _take_in(self, row: Row, alone: bool) -> _TakenIn:
+        """Everything about a request that does not need the model, from any thread. alone: in its batch, so that its
+        images may be decoded side by side; otherwise the rows are."""
+        started = time.perf_counter()
         body = read_body(row, self.config)
         if body.operation:
-            return self._operation(body)
-        reader = ImageReader(self.config, self.transform)
+            return _TakenIn(body)
+        reader = ImageReader(self.config, self.transform, self.pool, spread=alone)
         if is_kserve(body.document) and body.image is None:
             size = self.model.data_config.input_size
             envelope = open_envelope(body.document, self.config, self.info, size, reader, explain=row.explain)
-            place, whole = envelope.place, envelope.whole
-            parts = [self._part(q, row, place if whole else [*place, n]) for n, q in enumerate(envelope.questions)]
-            asked = _Asked(parts, envelope)
-            check_work(asked.work, self.config)
-            return asked
-        started = time.perf_counter()
+            return _TakenIn(body, envelope.questions, envelope, milliseconds(started))
         question = read_question(body.document, body.image, reader, explain=row.explain)
-        return _Asked([self._job(question, row.request_id, started)])
+        return _TakenIn(body, [question], None, milliseconds(started))
+
+    def _read(self, row: Row, taken: _TakenIn | Answered) -> _Asked | _Operation | Answered:
+        if isinstance(taken, Answered):
+            return taken
+        if taken.body.operation:
+            return self._operation(taken.body)
+        envelope = taken.envelope
+        if envelope is None:
+            (question,) = taken.questions
+            assert isinstance(question, Question)
+            return _Asked([self._job(question, row.request_id, taken.milliseconds)])
+        place, whole = envelope.place, envelope.whole
+        parts = [
+            self._part(question, row, taken.milliseconds, place if whole else [*place, n])
+            for n, question in enumerate(taken.questions)
+        ]
+        asked = _Asked(parts, envelope)
+        check_work(asked.work, self.config)
+        return asked
 
     def _operation(self, body: Body) -> _Operation:
         if body.image is not None:
@@ -240,21 +272,22 @@ class Engine:
         return self._sized(made.model_dump_json(), "a lower limit")
 
     def _vectors(self, asked: ops.VectorsRequest) -> Answered:
-        images = operations.vector_images(asked, self.model, ImageReader(self.config, self.transform))
+        images = operations.vector_images(asked, self.model, ImageReader(self.config, self.transform, self.pool))
         made = operations.vectors(asked, images, self.model, self.info, self.writer, _identity(asked.id))
         return self._sized(made.model_dump_json(), "fewer features")
 
-    def _part(self, question: Question | Problem, row: Row, place: list[str | int]) -> Job | Problem:
+    def _part(self, question: Question | Problem, row: Row, decode: float, place: list[str | int]) -> Job | Problem:
         """A job, or what is wrong with it, at its place in the envelope."""
         try:
             if isinstance(question, Problem):
                 raise question
-            return self._job(question, row.request_id, time.perf_counter())
+            return self._job(question, row.request_id, decode)
         except Problem as problem:
             return problem.within(place)
 
-    def _job(self, question: Question, request_id: str, started: float) -> Job:
-        """A validated question, with all that it names looked up. Raises Problem."""
+    def _job(self, question: Question, request_id: str, decode: float) -> Job:
+        """A validated question, with all that it names looked up. decode: milliseconds that reading its request took.
+        Raises Problem."""
         request = question.request
         self._expected(request.expect)
         check_limits(request, self.config, len(self.model.layers))
@@ -274,7 +307,7 @@ class Engine:
         check_work(work, self.config)
         return Job(
             question, _identity(request.id), request_id, explained, rules, steered,
-            places(rules, request.steer), shadow, activations, work, {"decode": milliseconds(started)},
+            places(rules, request.steer), shadow, activations, work, {"decode": decode},
         )  # fmt: skip
 
     def _work(self, request: Request, explained: list[str], edited: Sequence[str]) -> float:

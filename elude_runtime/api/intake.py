@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -13,13 +15,14 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from elude_runtime.api.config import ServingConfig
+from elude_runtime.api.decoding import DecodePool
 from elude_runtime.api.problems import Problem, at, invalid_document
 from elude_runtime.api.schema.base import Document
 from elude_runtime.api.schema.json_text import JSONError, parse_json
 from elude_runtime.api.schema.operations import DescribeRequest, FeaturesRequest, VectorsRequest
 from elude_runtime.api.schema.request import Request
 from elude_runtime.errors import ImagesError, ImageTooLargeError
-from elude_runtime.network.preprocessing import SERVED_FORMATS, decode_image, to_input
+from elude_runtime.network.preprocessing import SERVED_FORMATS, announced_pixels, decode_image, to_input
 
 OPERATIONS: dict[str, type[Document]] = {
     "features": FeaturesRequest,
@@ -72,31 +75,79 @@ class Question:
 
 
 class ImageReader:
-    """Reads the images of one request, however many: each is decoded, preprocessed and dropped before the next."""
+    """Reads the images of one request, however many: each is decoded, preprocessed and dropped, one after another, or
+    side by side where there is a pool."""
 
-    def __init__(self, config: ServingConfig, transform: Callable[[Image.Image], Tensor]) -> None:
-        self._config, self._transform = config, transform
+    def __init__(
+        self,
+        config: ServingConfig,
+        transform: Callable[[Image.Image], Tensor],
+        pool: DecodePool,
+        *,
+        spread: bool = True,
+    ) -> None:
+        """pool: bounds what is decoded at a time; spread: several images of this request may go to its threads."""
+        self._config, self._transform, self._pool, self._spread = config, transform, pool, spread
         self._pixels = 0
 
     def read(self, encoded: bytes) -> Picture:
         """Problem for an image that is too large or cannot be decoded, or where it and those before are too large."""
-        limit = self._config.max_image_bytes
-        if len(encoded) > limit:
-            raise Problem("image-too-large", f"The image has {len(encoded)} bytes, the limit is {limit}.")
-        left = self._config.max_request_pixels - self._pixels
-        if left <= 0:
+        self._check_bytes(encoded)
+        if self._pixels >= self._config.max_request_pixels:
             raise Problem(
                 "image-too-large",
                 f"The request's images have over {self._config.max_request_pixels} pixels in all; send fewer, or "
                 "smaller ones.",
             )
-        try:
-            image = decode_image(encoded, self._config.max_image_pixels, SERVED_FORMATS)
-            self._pixels += image.width * image.height
-            return Picture(to_input(image, self._transform), image.size)
-        except ImagesError as error:
-            too_large = isinstance(error, ImageTooLargeError)
-            raise Problem("image-too-large" if too_large else "invalid-image", str(error)) from error
+        return self._counted(self._decode(encoded))
+
+    def read_all(self, encoded: Sequence[bytes]) -> list[Picture | Problem]:
+        """What `read` would give or raise for each, one after another."""
+        sure = self._sure_to_be_read(encoded) if self._spread and self._pool.spreads(len(encoded)) else 0
+        first = self._pool.map(partial(_attempt, self._decode), encoded[:sure])
+        found = [self._counted(one) if isinstance(one, Picture) else one for one in first]
+        return found + [_attempt(self.read, one) for one in encoded[sure:]]
+
+    def _sure_to_be_read(self, encoded: Sequence[bytes]) -> int:
+        """How many of the first images stay within the request's limit even if none of them is refused: nobody may have
+        more decoded side by side than one after another."""
+        pixels = self._pixels
+        for number, one in enumerate(encoded):
+            if pixels >= self._config.max_request_pixels:
+                return number
+            pixels += announced_pixels(one, SERVED_FORMATS)
+        return len(encoded)
+
+    def _check_bytes(self, encoded: bytes) -> None:
+        limit = self._config.max_image_bytes
+        if len(encoded) > limit:
+            raise Problem("image-too-large", f"The image has {len(encoded)} bytes, the limit is {limit}.")
+
+    def _decode(self, encoded: bytes) -> Picture:
+        """From any thread; counts nothing."""
+        self._check_bytes(encoded)
+        with ExitStack() as held:
+            try:
+                image = decode_image(
+                    encoded, self._config.max_image_pixels, SERVED_FORMATS,
+                    begin=lambda pixels: held.enter_context(self._pool.room(pixels)),
+                )  # fmt: skip
+                return Picture(to_input(image, self._transform), image.size)
+            except ImagesError as error:
+                too_large = isinstance(error, ImageTooLargeError)
+                raise Problem("image-too-large" if too_large else "invalid-image", str(error)) from error
+
+    def _counted(self, picture: Picture) -> Picture:
+        assert picture.size is not None
+        self._pixels += picture.size[0] * picture.size[1]
+        return picture
+
+
+def _attempt(read: Callable[[bytes], Picture], encoded: bytes) -> Picture | Problem:
+    try:
+        return read(encoded)
+    except Problem as problem:
+        return problem
 
 
 def read_body(row: Row, config: ServingConfig) -> Body:
@@ -120,6 +171,12 @@ def read_body(row: Row, config: ServingConfig) -> Body:
 
 def read_question(document: Any, image: bytes | None, reader: ImageReader, *, explain: bool) -> Question:
     """A prediction request and its image, read. explain: `explain` defaults to {}. Raises Problem."""
+    request, encoded = read_asked(document, image, explain=explain)
+    return Question(request, reader.read(encoded))
+
+
+def read_asked(document: Any, image: bytes | None, *, explain: bool) -> tuple[Request, bytes]:
+    """(a prediction request, its image as it came). Raises Problem."""
     request = read_request(document, explain=explain)
     if image is None:
         if request.image is None:
@@ -127,7 +184,7 @@ def read_question(document: Any, image: bytes | None, reader: ImageReader, *, ex
         image = from_base64(request.image.b64, ["image", "b64"])
     elif request.image is not None:
         raise Problem("invalid-document", "image: the image came as a part of its own; leave it out of the document.")
-    return Question(request, reader.read(image))
+    return request, image
 
 
 def read_request(document: Any, *, explain: bool) -> Request:

@@ -17,7 +17,7 @@ from elude_runtime.api.intake import (
     Picture,
     Question,
     from_base64,
-    read_question,
+    read_asked,
     read_request,
     validated,
 )
@@ -25,6 +25,7 @@ from elude_runtime.api.problems import Problem, at
 from elude_runtime.api.schema.json_text import JSONError, parse_json
 from elude_runtime.api.schema.kserve import V1Request, V2Reply, V2ReplyTensor, V2Request
 from elude_runtime.api.schema.reply import ModelInfo
+from elude_runtime.api.schema.request import Request
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ def open_envelope(
 def _open_v1(document: dict[str, Any], config: ServingConfig, reader: ImageReader, *, explain: bool) -> Envelope:
     instances = validated(V1Request, document).instances
     _few_enough(len(instances), config)
-    questions: list[Question | Problem] = []
+    asked: list[tuple[Request, bytes] | Problem] = []
     for instance in instances:
         try:
             one = {"image": instance} if set(instance) == {"b64"} else instance
-            questions.append(read_question(one, None, reader, explain=explain))
+            asked.append(read_asked(one, None, explain=explain))
         except Problem as problem:
-            questions.append(problem)
+            asked.append(problem)
+    pictures = iter(reader.read_all([one[1] for one in asked if not isinstance(one, Problem)]))
+    questions = [one if isinstance(one, Problem) else _question(one[0], next(pictures)) for one in asked]
     return Envelope(
         questions, lambda documents, _: '{"predictions":[' + ",".join(documents) + "]}", ["instances"], whole=False
     )
@@ -105,7 +108,7 @@ def _open_v2(
         if not all(isinstance(text, str) for text in given.data):
             raise Problem("invalid-document", "inputs.0.data: BYTES are images in base64, as JSON strings.")
         encoded = [from_base64(text, ["inputs", 0, "data", n]) for n, text in enumerate(given.data)]
-        pictures = [_read_one(reader, one, n) for n, one in enumerate(encoded)]
+        pictures = [_placed(one, n) for n, one in enumerate(reader.read_all(encoded))]
     else:
         pictures = [Picture(tensor) for tensor in _tensor(given.data, given.shape, input_size)]
     questions: list[Question | Problem] = [Question(request, picture) for picture in pictures]
@@ -149,14 +152,17 @@ def _tensor(data: list[Any], shape: list[int], input_size: tuple[int, int, int])
     return made.view(wanted)
 
 
-def _read_one(reader: ImageReader, encoded: bytes, number: int) -> Picture:
-    """Problem with the image's place in the request."""
-    try:
-        return reader.read(encoded)
-    except Problem as problem:
-        loc: list[str | int] = ["inputs", 0, "data", number]
-        where = ".".join(map(str, loc))
-        raise Problem(problem.kind, f"{where}: {problem.detail}", at(loc, problem.detail)) from problem
+def _question(request: Request, picture: Picture | Problem) -> Question | Problem:
+    return picture if isinstance(picture, Problem) else Question(request, picture)
+
+
+def _placed(picture: Picture | Problem, number: int) -> Picture:
+    """Raises a Problem with the image's place in the request."""
+    if isinstance(picture, Picture):
+        return picture
+    loc: list[str | int] = ["inputs", 0, "data", number]
+    where = ".".join(map(str, loc))
+    raise Problem(picture.kind, f"{where}: {picture.detail}", at(loc, picture.detail)) from picture
 
 
 def _wrong_shape(reason: str) -> Problem:

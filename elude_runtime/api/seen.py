@@ -54,8 +54,7 @@ def seen_jobs(jobs: Sequence[Job], seen: Seen) -> Seen:
     stages: dict[str, float] = {}
     for job in jobs:
         for stage, milliseconds in job.timing.items():
-            add = stages.get(stage, 0.0) if stage == "decode" else 0.0  # images one by one, the rest all at once
-            stages[stage] = add + milliseconds / 1000
+            stages[stage] = max(stages.get(stage, 0.0), milliseconds / 1000)  # what its images have in common
     return Seen(
         kind=kind_of(jobs),
         status=seen.status,

@@ -20,6 +20,7 @@ from rich.console import Console
 from elude_runtime.api.config import ServingConfig
 from elude_runtime.checkpoint.catalogue import FEATURES_JSON, FEATURES_PARQUET, features_json
 from elude_runtime.checkpoint.manifest import MANIFEST, read_manifest
+from elude_runtime.cli.archive_digest import archive_sha256
 from elude_runtime.errors import CheckpointError, EludeError, StorageError
 from elude_runtime.package_files import package_directory, shipped_file
 
@@ -82,23 +83,20 @@ def archive(
     model = name or default_name(checkpoint)
     with Console(stderr=True).status(f"Packing {model}"):
         path = build_archive(checkpoint, out, name=model, version=version, config=config, force=force)
-    size = path.stat().st_size
+    size, digest = path.stat().st_size, archive_sha256(path)
     if as_json:
-        print(json.dumps({"archive": str(path), "name": model, "version": version, "bytes": size}))
+        facts = {"archive": str(path), "name": model, "version": version, "bytes": size, "sha256": digest}
+        print(json.dumps(facts))
     else:
         print(f"{path}  ({size / 1e6:.1f} MB, model {model}, version {version})")
+        print(f"sha256 {digest}")
         print(f"Serve it: elude serve --model-store {out} --models {path.name} --foreground")
 
 
 def _pack(checkpoint: Path, scratch: Path, name: str, version: str, settings: Path) -> Path:
     """Stages the content in `scratch` and runs the archiver there; gives the archive's path inside `scratch`."""
-    from model_archiver.model_archiver_config import ModelArchiverConfig
-    from model_archiver.model_archiver_error import ModelArchiverError
-    from model_archiver.model_packaging import generate_model_archive
-
-    stage, made, temporary = scratch / "stage", scratch / "made", scratch / "tmp"
-    for folder in (stage / "checkpoint", made, temporary):
-        folder.mkdir(parents=True)
+    stage = scratch / "stage"
+    (stage / "checkpoint").mkdir(parents=True)
     for file in (MANIFEST, TENSORS, *_BESIDE):
         if (checkpoint / file).exists():
             # A link: the archiver copies what it points to, and large weights need not be copied twice.
@@ -106,6 +104,19 @@ def _pack(checkpoint: Path, scratch: Path, name: str, version: str, settings: Pa
     if any((checkpoint / table).exists() for table in (FEATURES_JSON, FEATURES_PARQUET)):
         (stage / "checkpoint" / FEATURES_JSON).write_bytes(features_json(checkpoint))
     _copy_package(stage / "elude_runtime")
+    return run_archiver(stage, scratch, name, version, settings, "handler/elude_handler.py")
+
+
+def run_archiver(stage: Path, scratch: Path, name: str, version: str, settings: Path, handler: str) -> Path:
+    """Packs what lies in `stage`, with a shipped handler and the model's settings; gives the archive's path inside
+    `scratch`."""
+    from model_archiver.model_archiver_config import ModelArchiverConfig
+    from model_archiver.model_archiver_error import ModelArchiverError
+    from model_archiver.model_packaging import generate_model_archive
+
+    made, temporary = scratch / "made", scratch / "tmp"
+    for folder in (made, temporary):
+        folder.mkdir(parents=True)
     shutil.copyfile(settings, scratch / "model-config.yaml")
     try:
         with _private_archiver(temporary):
@@ -113,7 +124,7 @@ def _pack(checkpoint: Path, scratch: Path, name: str, version: str, settings: Pa
                 ModelArchiverConfig(
                     model_name=name,
                     version=version,
-                    handler=str(shipped_file("handler/elude_handler.py")),
+                    handler=str(shipped_file(handler)),
                     extra_files=str(stage),
                     export_path=str(made),
                     config_file=str(scratch / "model-config.yaml"),
@@ -171,11 +182,16 @@ def _storage_error(error: OSError, checkpoint: Path, out: Path) -> StorageError:
         full = os.strerror(errno.ENOSPC) in reason
         error = OSError(errno.ENOSPC if full else errno.EIO, reason)
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        need = 2 * sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / 1e6
+        # the archiver copies before it packs, and the package is gathered before that
+        need = (2 * _bytes(checkpoint) + 3 * _bytes(package_directory())) / 1e6
         return StorageError(f"The disk of {out} is full: packing {checkpoint} needs up to {need:.0f} MB there.")
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         return StorageError(f"{out} cannot be written to ({error.strerror}); give another folder with --out.")
     return StorageError(f"Packing {checkpoint} into {out} failed: {error}")
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _safe(text: str) -> str:

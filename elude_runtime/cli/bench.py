@@ -13,11 +13,13 @@ from typing import Annotated, Any
 import typer
 
 from elude_runtime.cli import model_options as options
+from elude_runtime.cli.bench_serve import serve
 from elude_runtime.cli.progress import console, stages
 
 bench = typer.Typer(
     help="Benchmarks: ratios of what is measured alternately, with 95 % intervals.", no_args_is_help=True
 )
+bench.command("serve")(serve)
 
 
 @bench.command("rewrite")

@@ -16,6 +16,9 @@ from elude_runtime.errors import EludeError, ServerError
 # Loopback addresses must not go through a proxy of the environment.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
+# A file of this name in the run folder: the server is about to be stopped, and must get no more requests.
+DRAINING = "draining"
+
 
 def fetch_json(url: str, token: str | None = None, timeout: float = 5.0) -> Any:
     """The JSON at `url`; raises `ServerError` with one sentence if there is no answer, or another than 200."""
@@ -92,8 +95,12 @@ def health(
 ) -> None:
     """Exit 0 if the server is alive or, with --ready, if it can answer; 1 with the reason otherwise."""
     if run_dir is not None:
-        management, inference, token = _from_run_dir(run_dir, ready, token)
-    reason = not_ready(management, model or [], token, timeout) if ready else _not_alive(inference, token, timeout)
+        management, inference = read_addresses(run_dir)
+        token = token or read_keys(run_dir).get("management" if ready else "inference")
+    if ready and run_dir is not None and (run_dir / DRAINING).exists():
+        reason: str | None = "The server is being stopped."
+    else:
+        reason = not_ready(management, model or [], token, timeout) if ready else _not_alive(inference, token, timeout)
     if as_json:
         print(json.dumps({"ok": reason is None, "checked": "ready" if ready else "alive", "reason": reason}))
     else:
@@ -126,11 +133,10 @@ def _not_alive(inference: str, token: str | None, timeout: float) -> str | None:
     return None
 
 
-def _from_run_dir(run_dir: Path, ready: bool, token: str | None) -> tuple[str, str, str | None]:
-    """Addresses and the fitting key, from what `elude serve` wrote into its run folder."""
+def read_addresses(run_dir: Path) -> tuple[str, str]:
+    """Management and inference address, from what `elude serve` wrote into its run folder."""
     try:
         record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        management, inference = str(record["management_url"]), str(record["url"])
+        return str(record["management_url"]), str(record["url"])
     except (OSError, ValueError, KeyError) as error:
         raise EludeError(f"{run_dir} is no run folder of `elude serve`: run.json cannot be read.") from error
-    return management, inference, token or read_keys(run_dir).get("management" if ready else "inference")

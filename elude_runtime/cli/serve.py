@@ -14,6 +14,8 @@ from elude_runtime.errors import EludeError, ServerError
 if TYPE_CHECKING:
     from elude_runtime.cli.torchserve import Server
 
+_WAITING = "Waiting for requests in flight"
+
 
 def serve(
     model_store: Annotated[Path, typer.Option(help="Folder of model archives.")] = Path("model_store"),
@@ -25,16 +27,25 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="Your own config.properties.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder for logs and keys; default: a temporary one.")] = None,
     token_auth: Annotated[bool, typer.Option(help="Ask for TorchServe's keys.")] = True,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE.mar=SHA256", help="Serve this archive only as `elude archive` made it; repeated."),
+    ] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C, then stop everything.")] = False,
     log_stdout: Annotated[bool, typer.Option("--log-stdout", help="The log as JSON lines here, too.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds until every model must be ready.")] = 300.0,
+    grace: Annotated[float, typer.Option(help="Seconds for requests in flight when it is stopped.", min=0)] = 20.0,
     stop: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Stop the server of this run folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Serve archives with TorchServe, on this host only."""
+    from elude_runtime.cli.archive_digest import parse_expected
+    from elude_runtime.cli.drain import drain
     from elude_runtime.cli.torchserve import Server, stop_server
 
     if stop is not None:
+        with Console(stderr=True).status(_WAITING):
+            drain(stop, grace)
         found = stop_server(stop) > 0
         print(json.dumps({"stopped": found}) if as_json else "Stopped." if found else "It had stopped already.")
         return
@@ -49,6 +60,7 @@ def serve(
         token_auth=token_auth,
         run_dir=run_dir,
         log_stdout=log_stdout,
+        expect=parse_expected(expect or []),
     )
     try:
         with Console(stderr=True).status("Starting TorchServe and loading " + ", ".join(server.names)):
@@ -60,21 +72,27 @@ def serve(
         server.stop(keep_run_dir=isinstance(error, EludeError))
         raise
     if foreground:
-        _stay(server, as_json)
+        _stay(server, as_json, grace)
 
 
 def _show(server: Server, foreground: bool, as_json: bool) -> None:
     print(json.dumps(_facts(server), indent=2) if as_json else _screen(server, foreground), flush=True)
 
 
-def _stay(server: Server, as_json: bool) -> None:
+def _stay(server: Server, as_json: bool, grace: float) -> None:
     """Shows the screen, waits for Ctrl-C or the server's end, and leaves nothing running."""
+    from elude_runtime.cli.drain import drain
+
     try:
         _show(server, True, as_json)  # whoever reads it may press Ctrl-C at once
         status = server.wait()
     except KeyboardInterrupt:
-        with Console(stderr=True).status("Stopping"):
-            server.stop()
+        try:
+            with Console(stderr=True).status(_WAITING):
+                drain(server.run_dir, grace)
+        finally:  # a second Ctrl-C waits no longer
+            with Console(stderr=True).status("Stopping"):
+                server.stop()
         return
     server.stop(keep_run_dir=True)
     raise ServerError(f"TorchServe ended by itself with status {status}; logs in {server.run_dir / 'logs'}")

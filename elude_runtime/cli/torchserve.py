@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from elude_runtime.cli.archive_digest import check_archives
+from elude_runtime.cli.drain import BUSY
 from elude_runtime.cli.exporter_process import METRICS_DIR, ExporterProcess
-from elude_runtime.cli.health import not_ready, read_keys
+from elude_runtime.cli.health import DRAINING, not_ready, read_keys
 from elude_runtime.cli.server_process import (
     WORKER_STOPPED,
     find_cause,
@@ -55,17 +57,20 @@ class Server:
         run_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
         log_stdout: bool = False,
+        expect: Mapping[str, str] | None = None,
     ) -> None:
         """`models`: archives in the store, `FILE.mar` or `NAME=FILE.mar`; all by default. `config`: a config.properties
         in place of the shipped one. `run_dir`: kept after the end, where a temporary one is removed. `environment`:
         additions to the server's environment, such as `ELUDE_…` settings; with ELUDE_METRICS_DIR among them, or in this
         process's own environment, somebody else serves the workers' metrics, and no exporter is started. `log_stdout`:
-        the log as JSON lines on this process's standard output too.
+        the log as JSON lines on this process's standard output too. `expect`: SHA-256 digests of the archives by file
+        name, checked before anything is started.
 
-        Raises `EludeError` for a store or an archive that is missing.
+        Raises `EludeError` for a store or an archive that is missing, or an archive that is not the expected one.
         """
         self.model_store = Path(model_store).resolve()
         self._models = _find_models(self.model_store, models)
+        check_archives(self.model_store, [a.rpartition("=")[2] for a in self._models], dict(expect or {}))
         self._ports = dict(zip(ADDRESSES, (inference_port, management_port, metrics_port), strict=True))
         self._config = config
         self._token_auth = token_auth
@@ -172,8 +177,9 @@ class Server:
             raise
         return self
 
-    def wait_ready(self, timeout: float = 300.0) -> None:
-        """Returns when every model has a READY worker; raises `ServerError` with the real cause as soon as one dies."""
+    def wait_ready(self, timeout: float = 300.0, poll: float = 0.2) -> None:
+        """Returns when every model has a READY worker, of which it asks every `poll` seconds; raises `ServerError` with
+        the real cause as soon as one dies."""
         deadline = time.monotonic() + timeout
         reason: str | None = "it did not answer."
         while time.monotonic() < deadline:
@@ -187,7 +193,7 @@ class Server:
             reason = not_ready(self.management_url, self.names, self._management_token(), timeout=5.0)
             if reason is None:
                 return
-            time.sleep(0.2)
+            time.sleep(poll)
         raise self._failure(f"TorchServe was not ready after {timeout:.0f} s: {reason}")
 
     def wait(self) -> int:
@@ -243,6 +249,7 @@ class Server:
         environment.pop("TS_CONFIG_FILE", None)  # it would go before our configuration
         environment.setdefault(METRICS_DIR, str(self.run_dir / "metrics"))
         temporary, logs = str(self.run_dir / "tmp"), str(self.run_dir / "logs")
+        environment[BUSY] = temporary
         # TMPDIR is Python's; TEMP becomes Java's, for unpacked archives and the workers' sockets.
         return {**environment, "TMPDIR": temporary, "TEMP": temporary, "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
 
@@ -281,7 +288,7 @@ def _clean_run_dir(run_dir: Path, *, remove: bool) -> None:
         return
     for name in ("tmp", "metrics"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in ("key_file.json", "run.json"):
+    for name in ("key_file.json", "run.json", DRAINING):
         (run_dir / name).unlink(missing_ok=True)
 
 

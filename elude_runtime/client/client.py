@@ -7,12 +7,10 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
-from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel
 
-import elude_runtime
 from elude_runtime.api.schema.operations import (
     DescribeRequest,
     Description,
@@ -23,7 +21,8 @@ from elude_runtime.api.schema.operations import (
     VectorsRequest,
 )
 from elude_runtime.api.schema.reply import Reply
-from elude_runtime.api.schema.request import Explain, Request, Steer
+from elude_runtime.api.schema.request import Expect, Explain, Request, Steer
+from elude_runtime.client.address import Address
 from elude_runtime.client.exchange import (
     Exchange,
     ExplainFields,
@@ -35,28 +34,11 @@ from elude_runtime.client.exchange import (
     validated,
 )
 from elude_runtime.client.problems import problem_of_failure
-from elude_runtime.errors import SettingsError
 
 if TYPE_CHECKING:
     from elude_runtime.client.exchange import ImageLike
 
 R = TypeVar("R", bound=BaseModel)
-
-
-class _Address:
-    """Where the service is and how it is asked; what both clients share."""
-
-    def __init__(self, url: str, model: str, token: str | None, version: str | None, retries: int) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise SettingsError(f"The address {url!r} is no http:// or https:// address; give the inference address.")
-        if retries < 0:
-            raise SettingsError(f"{retries} retries cannot be made; give 0 or more.")
-        of_version = f"/{quote(version, safe='')}" if version is not None else ""
-        self._path = f"{url.rstrip('/')}/predictions/{quote(model, safe='')}{of_version}"
-        self._headers = {"User-Agent": f"elude-client/{elude_runtime.__version__}", "Accept": "application/json"}
-        if token is not None:
-            self._headers["Authorization"] = f"Bearer {token}"
-        self._retries = retries
 
 
 def _predict(top_k: int) -> Request:
@@ -88,13 +70,18 @@ def _features(query: str | None, layer: str | None, ids: Sequence[str] | None, p
 
 
 def _vectors(
-    layer: str, positive: Iterable[ImageLike], negative: Iterable[ImageLike], top_features: int
+    layer: str,
+    positive: Iterable[ImageLike],
+    negative: Iterable[ImageLike],
+    top_features: int,
+    expect: Expect | None,
 ) -> Exchange[VectorsReply]:
     sets = {"positive": images_b64(positive), "negative": images_b64(negative)}
-    return operation(validated(VectorsRequest, {"layer": layer, **sets, "top_features": top_features}), VectorsReply)
+    asked = validated(VectorsRequest, {"layer": layer, **sets, "top_features": top_features})
+    return operation(asked, VectorsReply, expect)
 
 
-class Client(_Address):
+class Client(Address):
     """A service at `url` (TorchServe's inference address) that serves `model`, of one `version` or the default one.
 
         with Client("http://127.0.0.1:8080", "vit", token=key) as client:
@@ -102,8 +89,10 @@ class Client(_Address):
 
     An image is encoded bytes, a path or a PIL image. Replies are the documents of `elude_runtime.api.schema`; those of
     a newer server are read too, without what this version does not know. All that goes wrong is a `ProblemError`.
-    timeout: seconds for each attempt; retries: further attempts after a 503 or where no connection came about, and
-    after nothing else. token: TorchServe's inference key. transport: httpx's, for a proxy, certificates, or tests.
+    timeout: seconds for each attempt; retries: further attempts where the server was busy, not there or lost on the
+    way (see `exchange.seconds_to_wait`), 0 for none. token: the proxy's key, or TorchServe's inference key.
+    checkpoint_sha256: the checkpoint that must answer, else "other-checkpoint", for who stores names of features; all
+    requests but `describe` carry it. transport: httpx's, for a proxy, certificates, or tests.
     """
 
     def __init__(
@@ -115,9 +104,10 @@ class Client(_Address):
         version: str | None = None,
         timeout: float = 30.0,
         retries: int = 3,
+        checkpoint_sha256: str | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        super().__init__(url, model, token, version, retries)
+        super().__init__(url, model, token, version, retries, checkpoint_sha256)
         self._http = httpx.Client(headers=self._headers, timeout=timeout, transport=transport)
 
     def predict(self, image: ImageLike, top_k: int = 5) -> Reply:
@@ -151,7 +141,7 @@ class Client(_Address):
 
     def request(self, image: ImageLike, document: Request | Mapping[str, Any] | None = None) -> Reply:
         """Any request about one image. A dictionary is sent as it is, and validated by the service alone."""
-        return self._send(prediction(image, document))
+        return self._send(prediction(image, document, self._expect))
 
     def features(
         self, query: str | None = None, *, layer: str | None = None, ids: Sequence[str] | None = None, page: int = 50
@@ -159,7 +149,7 @@ class Client(_Address):
         """All features that match words of their label or name, best first; asks for `page` at a time, as needed."""
         asked = _features(query, layer, ids, page)
         while True:
-            found = self._send(operation(asked, FeaturesReply))
+            found = self._send(operation(asked, FeaturesReply, self._expect))
             yield from found.features
             if found.next_cursor is None:
                 return
@@ -169,7 +159,7 @@ class Client(_Address):
         self, layer: str, positive: Iterable[ImageLike], negative: Iterable[ImageLike], *, top_features: int = 10
     ) -> VectorsReply:
         """What sets one set of images apart from another: features, edits and a direction for `steer`."""
-        return self._send(_vectors(layer, positive, negative, top_features))
+        return self._send(_vectors(layer, positive, negative, top_features, self._expect))
 
     def describe(self) -> Description:
         """What is served: layers, digests, limits, policies, the OpenAPI document."""
@@ -201,7 +191,7 @@ class Client(_Address):
         self.close()
 
 
-class AsyncClient(_Address):
+class AsyncClient(Address):
     """`Client` for asyncio: the same arguments and methods, awaited; `features` is an asynchronous iterator."""
 
     def __init__(
@@ -213,9 +203,10 @@ class AsyncClient(_Address):
         version: str | None = None,
         timeout: float = 30.0,
         retries: int = 3,
+        checkpoint_sha256: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        super().__init__(url, model, token, version, retries)
+        super().__init__(url, model, token, version, retries, checkpoint_sha256)
         self._http = httpx.AsyncClient(headers=self._headers, timeout=timeout, transport=transport)
 
     async def predict(self, image: ImageLike, top_k: int = 5) -> Reply:
@@ -244,14 +235,14 @@ class AsyncClient(_Address):
         return await self.request(image, _activations(features, reduce))
 
     async def request(self, image: ImageLike, document: Request | Mapping[str, Any] | None = None) -> Reply:
-        return await self._send(prediction(image, document))
+        return await self._send(prediction(image, document, self._expect))
 
     async def features(
         self, query: str | None = None, *, layer: str | None = None, ids: Sequence[str] | None = None, page: int = 50
     ) -> AsyncIterator[FeatureInfo]:
         asked = _features(query, layer, ids, page)
         while True:
-            found = await self._send(operation(asked, FeaturesReply))
+            found = await self._send(operation(asked, FeaturesReply, self._expect))
             for feature in found.features:
                 yield feature
             if found.next_cursor is None:
@@ -261,7 +252,7 @@ class AsyncClient(_Address):
     async def vectors(
         self, layer: str, positive: Iterable[ImageLike], negative: Iterable[ImageLike], *, top_features: int = 10
     ) -> VectorsReply:
-        return await self._send(_vectors(layer, positive, negative, top_features))
+        return await self._send(_vectors(layer, positive, negative, top_features, self._expect))
 
     async def describe(self) -> Description:
         return await self._send(operation(DescribeRequest(), Description))

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from elude_runtime.api.schema.reply import Reply
-from elude_runtime.api.schema.request import Request
+from elude_runtime.api.schema.request import Expect, Request
 from elude_runtime.client.lenient import read_reply
-from elude_runtime.client.problems import problem_of, problem_of_document, problem_of_reply
+from elude_runtime.client.problems import is_torchserves, problem_of, problem_of_document, problem_of_reply
 from elude_runtime.errors import ImagesError
 
 if TYPE_CHECKING:
@@ -105,13 +105,16 @@ def _as_list(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no place in a request document")
 
 
-def prediction(image: ImageLike, document: Request | Mapping[str, Any] | None) -> Exchange[Reply]:
+def prediction(
+    image: ImageLike, document: Request | Mapping[str, Any] | None, expect: Expect | None = None
+) -> Exchange[Reply]:
     """A request about one image. Defaults are left out, so that older servers take what they know; a dictionary goes
-    out as it is, so that newer ones can be asked for what this version does not know."""
+    out as it is, so that newer ones can be asked for what this version does not know. expect: where the document says
+    none itself."""
     if isinstance(document, Request):
-        text = document.model_dump_json(exclude_defaults=True).encode()
+        text = _expecting(document, expect).model_dump_json(exclude_defaults=True).encode()
     else:
-        text = _json(document or {})
+        text = _json(document or {} if expect is None else {"expect": expect, **(document or {})})
     encoded = encoded_image(image)
     if text == b"{}":
         # Declared as what it is: TorchServe takes a body without a type, or with a form's, apart into fields.
@@ -123,10 +126,17 @@ def prediction(image: ImageLike, document: Request | Mapping[str, Any] | None) -
     return Exchange(Reply, {"files": parts})
 
 
-def operation(document: BaseModel, reply: type[R]) -> Exchange[R]:
+def operation(document: BaseModel, reply: type[R], expect: Expect | None = None) -> Exchange[R]:
     """`features`, `vectors`, `describe`: by the document's `op`, which needs no version in the path."""
-    values = {"op": document.op, **document.model_dump(exclude_defaults=True)}  # type: ignore[attr-defined]
+    asked = _expecting(document, expect)
+    values = {"op": asked.op, **asked.model_dump(exclude_defaults=True)}  # type: ignore[attr-defined]
     return Exchange(reply, {"content": to_json(values), "headers": {"Content-Type": "application/json"}})
+
+
+def _expecting(document: D, expect: Expect | None) -> D:
+    if expect is None or document.expect is not None:  # type: ignore[attr-defined]
+        return document
+    return document.model_copy(update={"expect": expect})
 
 
 def encoded_image(image: ImageLike) -> bytes:
@@ -162,16 +172,39 @@ def images_b64(images: Iterable[ImageLike]) -> list[dict[str, str]]:
 def seconds_to_wait(outcome: httpx.Response | httpx.HTTPError, attempt: int, retries: int) -> float | None:
     """How long to wait before asking again after attempt 0, 1, …; None for not at all.
 
-    Only where nothing was done: a 503, or no connection. Retry-After is kept to, up to `LONGEST_WAIT`; else the wait
-    doubles. Both get a random part, so that many clients do not come back at one moment.
+    Every call only computes, so it may be made twice. Asked again is where nothing was done (429, 503, no connection)
+    and where the server was lost with the request (502 of a proxy, a connection that broke off). Where the request
+    itself may be what ended a worker or took too long, it is asked once more and not again, so that it cannot take one
+    worker after another. A caller's own time limit and everything else are final. Retry-After is kept to, up to
+    `LONGEST_WAIT`; else the wait doubles. Both get a random part, so that many clients do not come back at one moment.
     """
-    refused = isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout)
-    if attempt >= retries or not (refused or (isinstance(outcome, httpx.Response) and outcome.status_code == 503)):
+    allowed = retries if _refused(outcome) or _lost(outcome) else min(retries, 1) if _suspect(outcome) else 0
+    if attempt >= allowed:
         return None
     grown = _FIRST_WAIT * 2**attempt
     asked = None if isinstance(outcome, httpx.HTTPError) else _retry_after(outcome.headers.get("retry-after", ""))
     wait = grown * random.uniform(0.5, 1.0) if asked is None else asked + grown * random.uniform(0.0, 0.5)
     return min(wait, LONGEST_WAIT)
+
+
+def _refused(outcome: httpx.Response | httpx.HTTPError) -> bool:
+    """Nothing was done: too many requests, no worker, no connection."""
+    if isinstance(outcome, httpx.Response):
+        return outcome.status_code in (429, 503)
+    return isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout)
+
+
+def _lost(outcome: httpx.Response | httpx.HTTPError) -> bool:
+    """The server went away with the request: the connection broke off, or a proxy's did."""
+    if isinstance(outcome, httpx.Response):
+        return outcome.status_code == 502
+    return isinstance(outcome, httpx.NetworkError | httpx.RemoteProtocolError)
+
+
+def _suspect(outcome: httpx.Response | httpx.HTTPError) -> bool:
+    """A worker died over the batch (TorchServe's own 500 or 507; the service's are problems and would come again), or
+    a proxy waited in vain."""
+    return isinstance(outcome, httpx.Response) and (outcome.status_code == 504 or is_torchserves(outcome))
 
 
 def _retry_after(text: str) -> float | None:

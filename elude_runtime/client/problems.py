@@ -85,6 +85,11 @@ def problem_of(response: httpx.Response) -> ProblemError:
     return _server_problem(kind, said, response.status_code)
 
 
+def is_torchserves(response: httpx.Response) -> bool:
+    """Whether TorchServe itself says that it failed, in its own form: its worker died or was ended."""
+    return _words(response)[1] == "InternalServerException"
+
+
 def problem_of_failure(error: httpx.HTTPError) -> ProblemError:
     """No response at all."""
     kind = "server-timeout" if isinstance(error, httpx.TimeoutException) else "server-unreachable"

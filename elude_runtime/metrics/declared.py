@@ -75,7 +75,7 @@ DECLARED = {
         ),
         Declared(
             "elude_stage_seconds", "histogram", "exporter",
-            "A batch's time in one stage: decode (summed over its images), forward, steer, explain, …",
+            "A batch's time in one stage: decode (summed over its requests), forward, steer, explain, …",
             ("stage",), _MILLISECONDS,
         ),
         Declared("elude_reply_bytes", "histogram", "exporter", "Size of a reply by kind.", ("kind",), _BYTES),

@@ -79,7 +79,7 @@ class WorkerMetrics:
 
 
 def _stages(rows: list[Seen]) -> dict[str, float]:
-    """Seconds of each stage of a batch: images are decoded one by one, everything else is done for all rows at once."""
+    """Seconds of each stage of a batch: every request is decoded by itself, everything else is done for all at once."""
     found: dict[str, float] = {}
     for row in rows:
         for stage, seconds in row.stages.items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +199,8 @@ def _own_modules(folder: Path) -> Iterator[list[Path]]:
     that two factories with a helper of the same name do not get each other's. Fills in the files imported."""
 
     def take_out() -> dict[str, Any]:
-        return {n: sys.modules.pop(n) for n, m in list(sys.modules.items()) if _file_below(m, folder)}
+        real = cache(os.path.realpath)  # of folders: thousands of modules lie in a few hundred
+        return {n: sys.modules.pop(n) for n, m in list(sys.modules.items()) if _file_below(m, folder, real)}
 
     imported: list[Path] = []
     remembered = take_out()
@@ -211,10 +214,14 @@ def _own_modules(folder: Path) -> Iterator[list[Path]]:
         sys.modules.update(remembered)
 
 
-def _file_below(module: Any, folder: Path) -> Path | None:
+def _file_below(module: Any, folder: Path, real: Callable[[str], str] = os.path.realpath) -> Path | None:
+    """The module's file, symbolic links followed, where it is part of a factory in `folder`. real: of a folder."""
     file = getattr(module, "__file__", None)
-    path = Path(file).resolve() if isinstance(file, str) else None
-    return path if path is not None and _belongs(path, folder) else None
+    if not isinstance(file, str):
+        return None
+    path = os.path.join(real(os.path.dirname(file)), os.path.basename(file))
+    path = os.path.realpath(path) if os.path.islink(path) else path
+    return Path(path) if path.startswith(str(folder)) and _belongs(Path(path), folder) else None
 
 
 def _belongs(path: Path, folder: Path) -> bool:

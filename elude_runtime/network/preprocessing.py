@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from elude_runtime.errors import ImagesError, ImageTooLargeError, ModelError
+from elude_runtime.network.image_cost import check_cost
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 # Every decoder is a door: clients may send these, a user's own folder may hold a few more.
@@ -136,10 +138,17 @@ def _first_kept(scaled: int, crop: int) -> int:
     return -((crop - scaled) // 2) if crop > scaled else round((scaled - crop) / 2)
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = OFFLINE_FORMATS) -> Image.Image:
+def decode_image(
+    data: bytes,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] = OFFLINE_FORMATS,
+    begin: Callable[[int], object] = lambda pixels: None,
+) -> Image.Image:
     """Encoded bytes -> upright RGB image: first frame; EXIF orientation applied; 16-bit greys scaled, transparency
-    dropped. formats: Pillow's names of what is tried. ImagesError when it is none of that or has too many pixels."""
+    dropped. formats: Pillow's names of what is tried; begin: called with the number of pixels before any is decoded.
+    ImagesError when it is none of that, has too many pixels, or would take too long (`check_cost`)."""
     try:
+        check_cost(data)
         image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > max_pixels:
             raise ImageTooLargeError(
@@ -150,11 +159,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, 
                 f"The image is {image.width} x {image.height}, and the longer side may be {MAX_RATIO} times the "
                 "shorter at most; crop it."
             )
+        begin(image.width * image.height)
         image.seek(0)
         upright = upright_image(image)
         if upright.mode.startswith("I") or upright.mode == "F":
             upright = _eight_bit(upright)
-        return upright.convert("RGB")
+        return upright if upright.mode == "RGB" else upright.convert("RGB")
     except ImagesError:
         raise
     except Image.DecompressionBombError as error:
@@ -168,19 +178,34 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, 
         raise ImagesError(f"The image cannot be decoded ({detail[:120]}); it may be damaged or cut off.") from error
 
 
+def announced_pixels(data: bytes, formats: tuple[str, ...] = OFFLINE_FORMATS) -> int:
+    """How many pixels an image says that it has, none of them decoded; 0 where it is no image."""
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            return image.width * image.height
+    except Exception:  # Pillow's parsers raise anything over damaged bytes
+        return 0
+
+
 def upright_image(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF block says; as it is where that block is damaged, which the pixels are not."""
     try:
-        return ImageOps.exif_transpose(image)
+        image.load()  # what stands after the pixels belongs to the EXIF block too
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return ImageOps.exif_transpose(image) if turned else image  # which would copy it
     except Exception:  # Pillow's EXIF parser raises anything
         image.load()
         return image
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image, dtype=np.float64)
+    """Row by row in float64, which for a whole image of 50 megapixels would take 1.2 GB."""
+    values = np.asarray(image)
     top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
-    return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+    scaled = np.empty(values.shape, np.uint8)
+    for row, own in zip(scaled, values, strict=True):
+        row[:] = (own.astype(np.float64).clip(0, top) * (255.0 / top)).round()
+    return Image.fromarray(scaled)
 
 
 def to_input(image: Image.Image, transform: Any) -> Tensor:

@@ -366,9 +366,9 @@ class TestImages:
         alive: list[Any] = []
         most = 0
 
-        def watched(*arguments: Any) -> Image.Image:
+        def watched(*arguments: Any, **options: Any) -> Image.Image:
             nonlocal most
-            image = decode_image(*arguments)
+            image = decode_image(*arguments, **options)
             alive.append(weakref.ref(image))
             most = max(most, sum(ref() is not None for ref in alive))
             return image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from elude_runtime.api.schema.base import shortest_float32
-from elude_runtime.api.schema.json_text import JSONError, parse_json
+from elude_runtime.api.schema.json_text import MOST_PARTS, JSONError, parse_json
 from elude_runtime.api.schema.reply import Prediction
 from elude_runtime.api.schema.request import Request
 
@@ -194,6 +195,34 @@ def test_what_is_no_json_for_us(body: bytes, said: str) -> None:
     with pytest.raises(JSONError, match=said) as caught:
         parse_json(body, 8)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [(b"{},", "strings, lists"), (b'"",', "strings, lists"), (b"[", "deeper"), (b']"a"', "strings")]
+)
+def test_millions_of_parts_are_refused_before_they_are_read(part: bytes, said: str) -> None:
+    """Reading 16 MB of them to the end takes longer than a server waits for its worker."""
+    body = b"[" + part * (16_000_000 // len(part))
+    started = time.thread_time()
+    with pytest.raises(JSONError, match=said):
+        parse_json(body, 8)
+    assert time.thread_time() - started < 1.0  # and several times as long without the bound
+    assert parse_json(b"[" + b"{}," * (MOST_PARTS - 2) + b"{}]", 8) == [{}] * (MOST_PARTS - 1)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"steer": {"edits": [{"feature": "a/P0", "mode": "ablate", "apply": {"mask": [[2] * 900] * 900}}]}},
+        {"steer": {"vectors": [{"layer": "a", "vector": [None] * 60_000}]}},
+        {"explain": {"targets": [{"direction": [None] * 60_000}]}},
+    ],
+    ids=["mask", "vector", "direction"],
+)
+def test_of_a_long_list_of_wrong_numbers_the_first_is_named(document: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Request.model_validate(document)
+    assert caught.value.error_count() == 1
 
 
 def test_brackets_in_strings_are_no_nesting() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,55 @@ def test_a_full_disk_while_copying_is_recognised(
         build_archive(checkpoint, tmp_path / "store", name="vit")
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("a file system can be mounted by root only")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("megabytes", [1.0, 8.0], ids=["while packing", "before the weights are packed"])
+def test_a_disk_that_is_full_keeps_the_old_archive_and_no_part_of_the_new(
+    checkpoint: Path, small_disk: Path, megabytes: float
+) -> None:
+    made = build_archive(checkpoint, small_disk, name="vit")
+    before = made.read_bytes()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 4_500_000))
+    (checkpoint / "model.safetensors").write_bytes(os.urandom(int(megabytes * 1e6)))
+    with pytest.raises(
+        StorageError, match=r"^The disk of \S+ is full: packing \S+ needs up to \d+ MB there\.$"
+    ) as said:
+        build_archive(checkpoint, small_disk, name="vit", force=True)
+    assert int(str(said.value).split(" MB")[0].split()[-1]) > 4.5
+    assert made.read_bytes() == before and sorted(os.listdir(small_disk)) == ["filler", "vit.mar"]
+    filler.unlink()
+    if megabytes < 2:
+        build_archive(checkpoint, small_disk, name="vit", force=True)
+        assert made.read_bytes() != before
+
+
+def test_a_file_that_may_not_grow_is_one_sentence_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """A quota of the process in place of a full disk, which needs no root."""
+    (checkpoint / "model.safetensors").write_bytes(os.urandom(3_000_000))
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000));"
+        "from elude_runtime.cli import main; main()"
+    )
+    arguments = ["archive", str(checkpoint), "--out", str(tmp_path / "store"), "--name", "vit"]
+    ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert re.fullmatch(r"elude: Packing .* failed: .*File too large.*", ran.stderr.strip().splitlines()[-1])
+    assert os.listdir(tmp_path / "store") == []
+
+
 def test_leaves_a_folder_of_the_models_name_in_the_temporary_folder_alone(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +265,8 @@ def test_the_command_prints_one_json_document(
     printed = json.loads(capsys.readouterr().out)
     made = tmp_path / "store" / "vit_tiny_patch16-augreg.mar"
     assert printed == {
-        "archive": str(made), "name": "vit_tiny_patch16-augreg", "version": "1.0", "bytes": made.stat().st_size
+        "archive": str(made), "name": "vit_tiny_patch16-augreg", "version": "1.0", "bytes": made.stat().st_size,
+        "sha256": hashlib.sha256(made.read_bytes()).hexdigest(),
     }  # fmt: skip
     with pytest.raises(CheckpointError, match="elude rewrite"):
         archive(tmp_path / "nothing")

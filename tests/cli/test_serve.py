@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
@@ -14,7 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,20 @@ from model_archiver.model_archiver import ModelArchiver
 from model_archiver.model_archiver_config import ModelArchiverConfig
 
 from elude_runtime.cli import server_process
-from elude_runtime.cli.health import health, model_names, not_ready
+from elude_runtime.cli.drain import drain
+from elude_runtime.cli.health import DRAINING, health, model_names, not_ready
 from elude_runtime.cli.serve import serve
 from elude_runtime.cli.server_process import find_cause, require_programs, session_members
 from elude_runtime.cli.server_settings import ADDRESSES, free_ports, read_properties, write_settings
 from elude_runtime.cli.torchserve import Server
 from elude_runtime.errors import EludeError, ServerError
-from elude_runtime.package_files import shipped_file
+from elude_runtime.package_files import package_directory, shipped_file
 
 REFUSAL = "The digest of model.safetensors is not the one in elude.json: copy the checkpoint again."
 
 # What the archives of these tests carry in place of the real package: no model, and every misbehaviour on demand.
 ENGINE = """
-import json, os, sys
+import json, os, sys, time
 from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Row:
     explain: bool
     route: str
     request_id: str
+    traceparent: str
 
 @dataclass(frozen=True)
 class Reply:
@@ -73,6 +75,8 @@ class Engine:
         bodies = [row.parts.get("body") for row in rows]
         if b"die" in bodies:
             os._exit(1)
+        if b"slow" in bodies:
+            time.sleep(1.5)
         if b"raise" in bodies:
             raise ValueError("\\n[METRICS]Forged.Count:1|#Level:Host|#hostname:h,1,1")
         return [self.reply(row, len(rows)) for row in rows]
@@ -104,13 +108,26 @@ class ServingConfig:
 """
 
 
+MONITOR = """
+class Monitor:
+    def __init__(self, engine):
+        pass
+
+    def saw(self, rows, replies):
+        return [("elude_rows_total", len(rows), ["predict", "200"])]
+"""
+
+
 def make_archive(store: Path, scratch: Path, name: str, refusal: str = "") -> None:
     """An archive of the shipped handler with a stand-in for the package, and time for batches to fill up."""
     stage = scratch / f"{name}-stage"
-    (stage / "elude_runtime" / "api").mkdir(parents=True)
+    for room in ("api", "metrics"):
+        (stage / "elude_runtime" / room).mkdir(parents=True)
     (stage / "checkpoint").mkdir()
     (stage / "checkpoint" / "refusal.txt").write_text(refusal)
     files = {"__init__.py": "", "api/__init__.py": "", "api/engine.py": ENGINE, "api/config.py": CONFIG}
+    logs = (package_directory() / "metrics" / "logs.py").read_text()
+    files |= {"metrics/__init__.py": "", "metrics/monitor.py": MONITOR, "metrics/logs.py": logs}
     for file, text in files.items():
         (stage / "elude_runtime" / file).write_text(text)
     config = scratch / "model-config.yaml"
@@ -385,7 +402,9 @@ def test_a_model_that_cannot_load_is_never_ready_and_says_why(store: Path, tmp_p
         assert REFUSAL in str(failure.value)
         session = server.pid
     assert session_members(session, 0) == []
-    assert REFUSAL in (tmp_path / "run" / "logs" / "ts_log.log").read_text() and not (tmp_path / "run" / "tmp").exists()
+    assert (
+        REFUSAL in (tmp_path / "run" / "logs" / "worker.jsonl").read_text() and not (tmp_path / "run" / "tmp").exists()
+    )
     with pytest.raises(ServerError, match="digest"), Server(store, ["refused.mar"]) as server:
         begin = time.monotonic()
         server.wait_ready(300)
@@ -420,13 +439,16 @@ def test_the_command_starts_in_the_background_and_stops_by_its_folder(store: Pat
         check=True,
     )
     facts = json.loads(started.stdout)
+    in_flight = Asked()
     try:
         assert session_members(facts["pid"], 0) and facts["key_file"] == str(tmp_path / "run" / "key_file.json")
         key = json.loads(Path(facts["key_file"]).read_text())["inference"]["key"]
         assert call(f"{facts['url']}/predictions/good", b"x", Authorization=f"Bearer {key}")[0] == 200
+        in_flight.ask(facts["url"], key)
     finally:
         stopped = CliRunner().invoke(_app(), ["--stop", facts["run_dir"]])
     assert stopped.exit_code == 0 and "Stopped." in stopped.output, stopped.output
+    assert in_flight.statuses() == [200] * 6
     assert session_members(facts["pid"], 0) == []
     with pytest.raises(EludeError, match="no run folder"):
         serve(stop=tmp_path / "run")
@@ -452,10 +474,63 @@ def test_the_command_in_the_foreground_stops_everything_when_it_is_stopped(store
     assert "curl" in text and "key_file.json" in text and len(screen) < 20, text
     session = int(text.partition("process")[2].split()[0])
     assert session_members(session, 0)
+    url = text.partition("predictions ")[2].split()[0].partition("/predictions")[0]
+    run_dir = Path(text.partition("keys ")[2].split()[0]).parent
+    in_flight = Asked()
+    in_flight.ask(url, json.loads((run_dir / "key_file.json").read_text())["inference"]["key"])
     running.send_signal(number)
-    assert running.wait(30) == 0
+    draining = time.monotonic() + 10
+    while not (run_dir / DRAINING).exists() and time.monotonic() < draining:
+        time.sleep(0.02)
+    with pytest.raises(typer.Exit):
+        health(ready=True, run_dir=run_dir)
+    if number == signal.SIGTERM:
+        assert running.wait(30) == 0 and in_flight.statuses() == [200] * 6
+    else:
+        running.send_signal(number)  # the second Ctrl-C waits for nobody
+        running.wait(30)
+        assert 0 in in_flight.statuses()
     assert session_members(session, 0) == []
-    assert not os.path.exists(text.partition("keys ")[2].split()[0])
+    assert not run_dir.exists()
+
+
+@pytest.mark.server
+def test_a_server_that_never_becomes_quiet_is_stopped_after_its_time(server: Server) -> None:
+    begin = time.monotonic()
+    assert drain(server.run_dir, 5.0) and time.monotonic() - begin > 0.4  # as long as a batch may be gathered
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(call, f"{server.url}/predictions/good", b"slow", Content_Type="image/png")
+        time.sleep(0.2)
+        begin = time.monotonic()
+        assert not drain(server.run_dir, 1.0) and time.monotonic() - begin < 1.5
+        assert slow.result()[0] == 200
+    assert drain(server.run_dir, 5.0)
+    call(f"{server.url}/predictions/good", b"die", Content_Type="image/png")  # and leaves a mark of being at work
+    assert drain(server.run_dir, 5.0)
+    (server.run_dir / DRAINING).unlink()
+    assert until(lambda reason: reason is None, server, seconds=60) is None
+    with pytest.raises(EludeError, match="no run folder"):
+        drain(server.run_dir / "tmp", 1.0)
+
+
+class Asked:
+    """Two requests at work in one batch, and four that wait behind them."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(6)
+        self._asked: list[Future[tuple[int, Any, dict[str, str]]]] = []
+
+    def ask(self, url: str, key: str) -> None:
+        send = partial(call, f"{url}/predictions/good", Authorization=f"Bearer {key}", Content_Type="image/png")
+        self._asked += [self._pool.submit(send, b"slow") for _ in range(2)]
+        time.sleep(0.8)  # they are at work: a batch that is not full waits 0.4 s
+        self._asked += [self._pool.submit(send, b"slow") for _ in range(4)]
+        time.sleep(0.1)
+
+    def statuses(self) -> list[int]:
+        """0: no answer."""
+        self._pool.shutdown()
+        return [0 if one.exception() else one.result()[0] for one in self._asked]
 
 
 def _app() -> typer.Typer:

@@ -21,7 +21,7 @@ from elude_runtime.explore.images import ImageStore
 from elude_runtime.explore.material import Material
 from elude_runtime.explore.served import ServedModel
 
-KEY, SECRET = "the-servers-key-0123", "this-runs-secret"
+KEY, SECRET = "the-servers-key-0123", "this-runs-secret"  # pragma: allowlist secret
 HOST = "http://127.0.0.1:8999"
 IMAGE = b"\x89PNG not decoded here"
 Handler = Callable[[httpx.Request], httpx.Response]

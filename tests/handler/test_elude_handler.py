@@ -6,9 +6,11 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,6 +313,18 @@ def test_the_monitor_sees_rows_and_replies_with_the_traceparent(handler: Any) ->
     assert [row.traceparent for row in rows] == ["00-ab-cd-01", ""] and replies == [None, None]
 
 
+def test_warnings_about_images_are_not_collected(recwarn: pytest.WarningsRecorder, handler: Any) -> None:
+    """Each is another text, with numbers of the client's own, and Python would keep all of them."""
+    registry: dict[Any, Any] = {}
+    for number in range(3):
+        text = f"Expecting to read {number} bytes"
+        warnings.warn_explicit(text, UserWarning, "TiffImagePlugin.py", 1, "PIL.TiffImagePlugin", registry)
+    assert not recwarn.list
+    assert len(registry) <= 1  # Python's own count of the filters
+    warnings.warn_explicit("another's", UserWarning, "timm.py", 1, "timm", registry)
+    assert [str(w.message) for w in recwarn.list] == ["another's"]
+
+
 def test_too_few_replies_are_an_error_and_not_a_shift(handler: Any) -> None:
     handler._engine.behave = lambda rows: [Reply(200, "application/json", row.request_id, {}) for row in rows][:1]
     out, _ = run(handler, [body(), body()])
@@ -338,6 +352,32 @@ def test_description_is_given_to_the_server_and_not_to_a_header(handler: Any) ->
     run(handler, [body(describe="True")])
     run(handler, [{"parts": [], "headers": {"describe": "True"}}, body()])
     assert [len(batch) for batch in handler._engine.batches] == [1, 2]
+
+
+def test_a_worker_says_when_it_is_at_work(
+    module: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a server is not stopped under it; also of a batch that fails, and of nothing where nobody asks."""
+    monkeypatch.setenv("ELUDE_BUSY_DIR", str(tmp_path))
+    handler = module.EludeHandler()
+    handler.initialize(make_context())
+    (mark,) = tmp_path.iterdir()
+    assert mark.name == f"{os.getpid()}.busy" and mark.read_bytes() == b"0"
+    during = []
+
+    def behave(rows: Sequence[Row]) -> list[Reply]:
+        during.append(mark.read_bytes())
+        raise KeyboardInterrupt
+
+    assert run(handler, [body()])[0] and mark.read_bytes() == b"0"
+    handler._engine.behave = behave
+    with pytest.raises(KeyboardInterrupt):
+        run(handler, [body()])
+    assert during == [b"1"] and mark.read_bytes() == b"0"
+    monkeypatch.delenv("ELUDE_BUSY_DIR")
+    silent = module.EludeHandler()
+    silent.initialize(make_context())
+    assert run(silent, [body()])[0] and list(tmp_path.iterdir()) == [mark]
 
 
 def test_torchserve_leaves_json_to_the_handler(handler: Any) -> None:

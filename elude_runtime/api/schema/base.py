@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 API_VERSION = 1
-# Validation names every wrong item: an endless list would cost endless time before any limit is met.
+# Validation names every wrong item: an endless list would cost endless time before any limit is met. Long lists of
+# numbers end at the first wrong one (`fail_fast`): a million wrong cells of a mask cost 20 seconds.
 LONGEST_LIST = 1000
 LONGEST_VECTOR = 65_536
 

@@ -49,7 +49,7 @@ class IndexTarget(Document):
 class DirectionTarget(Document):
     """The dot product of the output with a direction [d]: for models without a head."""
 
-    direction: Annotated[list[float], Field(min_length=1, max_length=LONGEST_VECTOR)]
+    direction: Annotated[list[float], Field(min_length=1, max_length=LONGEST_VECTOR, fail_fast=True)]
 
 
 def _kind_of_target(value: Any) -> str | None:
@@ -104,6 +104,7 @@ class Explain(Document):
 # --- steer ------------------------------------------------------------------------------------------------------------
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Cell = Annotated[int, Field(ge=0, le=1)]
 
 
 class TokenScope(Document):
@@ -129,8 +130,8 @@ class MaskScope(Document):
     """Patches that meet a 1 of the mask: rows of 0 and 1, spread over the upright image."""
 
     mask: Annotated[
-        list[Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(min_length=1, max_length=LONGEST_LIST)]],
-        Field(min_length=1, max_length=LONGEST_LIST),
+        list[Annotated[list[Cell], Field(min_length=1, max_length=LONGEST_LIST, fail_fast=True)]],
+        Field(min_length=1, max_length=LONGEST_LIST, fail_fast=True),
     ]
 
     @field_validator("mask")
@@ -254,7 +255,7 @@ class DenseVector(_Vector):
 
     layer: FeatureName
     vector: Annotated[
-        Annotated[list[float], Field(min_length=1, max_length=LONGEST_VECTOR), Tag("numbers")]
+        Annotated[list[float], Field(min_length=1, max_length=LONGEST_VECTOR, fail_fast=True), Tag("numbers")]
         | Annotated[VectorBytes, Tag("bytes")],
         Discriminator(lambda value: "numbers" if isinstance(value, list) else "bytes"),
     ]

@@ -88,9 +88,12 @@ def _type_findings(
         concepts = sum(f.neuron is None for f in one.own.features)
         readout = torch.cat([b.readout for b in one.blocks])
         links = feature_links(readout, one.moments.covariance(), channels, concepts)
-    peaks = torch.cat([block.sampled_peaks() for block in one.blocks], 1) if one.blocks else torch.zeros(0, 0)
-    edges = torch.from_numpy(np.quantile(peaks.numpy(), PEAK_LEVELS, axis=0).T.astype(np.float32))
-    return TypeFindings(groups, one.own.rows, labels, links, effects, names, channels, edges, len(peaks))
+    peaks = [block.sampled_peaks() for block in one.blocks]
+    quantiles = [np.quantile(own.numpy(), PEAK_LEVELS, axis=0).T for own in peaks]
+    edges = torch.from_numpy(np.concatenate([np.zeros((0, len(PEAK_LEVELS))), *quantiles]).astype(np.float32))
+    return TypeFindings(
+        groups, one.own.rows, labels, links, effects, names, channels, edges, len(peaks[0]) if peaks else 0
+    )
 
 
 def _neuron_groups(layer: str, one: TypePass) -> Iterator[Group]:

@@ -85,7 +85,7 @@ def test_the_checkpoint_stays_the_same(vit: Rewritten, catalogued: Path) -> None
     for name in ("elude.json", "model.safetensors"):
         assert (catalogued / name).read_bytes() == (vit.path / name).read_bytes()
     before, after = (pq.read_table(path / "features.parquet") for path in (vit.path, catalogued))
-    added = ("label", "label_source", "automatic_label", "raises", "lowers")
+    added = ("label", "label_source", "automatic_label", "raises", "lowers", "peak_edges", "peak_images")
     assert before.drop_columns(list(added)).equals(after.drop_columns(list(added)))
     assert not resume_folder(catalogued / EXEMPLARS).exists()
 

@@ -1,0 +1,1 @@
+"""Load on a server: a generator that runs in a process of its own, and figures of what it saw. Needs httpx only."""
