@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from elude_runtime.api.precision import Autocast
 from elude_runtime.api.schema.request import Policy
 from elude_runtime.errors import EludeError
 
@@ -43,6 +44,8 @@ class ServingConfig(BaseModel):
 
     device: str = Field("auto", description="torch device; auto: the GPU that the server assigned, else cpu")
     threads: int | None = Field(None, ge=1, description="torch threads of a worker; default: torch's own choice")
+    tf32: bool = Field(False, description="TF32 in matrix products and convolutions, on GPUs that have it")
+    autocast: Autocast | None = Field(None, description="forward passes in this type where torch's autocast allows it")
     trust_factory: bool = Field(False, description="run the model factory that a checkpoint carries")
     expected_checkpoint_sha256: str | None = Field(None, description="refuse to serve any other checkpoint")
     policies: dict[str, Policy] = Field(default_factory=dict, description="policies beside the checkpoint's own")

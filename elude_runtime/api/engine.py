@@ -29,6 +29,7 @@ from elude_runtime.api.documents import ReplyDocuments
 from elude_runtime.api.intake import Body, ImageReader, Picture, Question, Row, read_body, read_question, validated
 from elude_runtime.api.kserve import Envelope, is_kserve, open_envelope
 from elude_runtime.api.policies import PolicyBook
+from elude_runtime.api.precision import run_under_autocast, set_tf32
 from elude_runtime.api.problems import Problem, at
 from elude_runtime.api.replies import ReplyWriter
 from elude_runtime.api.schema import operations as ops
@@ -137,8 +138,10 @@ class Engine:
         """Load a checkpoint for serving. Raises EludeError with one sentence."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        set_tf32(config.tf32)
         device = "cpu" if config.device == "auto" else config.device
         model = load(checkpoint, device, trust_factory=config.trust_factory)
+        run_under_autocast(model.base, config.autocast)
         expected, found = config.expected_checkpoint_sha256, model.manifest.checkpoint_sha256
         if expected is not None and expected != found:
             raise CheckpointError(

@@ -57,6 +57,7 @@ def describe(
         vectors=[wire.VectorInfo(name=v.name, layer=v.layer, auc=v.auc) for v in vectors.values()],
         limits=config.limits(),
         threads=torch.get_num_threads(),
+        precision=wire.PrecisionInfo(tf32=config.tf32, autocast=config.autocast),
         problems=list(PROBLEMS),
         openapi=openapi(),
     )

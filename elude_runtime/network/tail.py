@@ -258,7 +258,8 @@ def _changing(change: Change, images: int) -> Callable[..., Tensor]:
     """A hook that replaces a layer's output."""
 
     def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return change(by_image(args[0], images), by_image(out, images)).reshape(out.shape)
+        with torch.autocast(out.device.type, enabled=False):  # the network may run under autocast, edits never do
+            return change(by_image(args[0], images), by_image(out, images)).reshape(out.shape)
 
     return hook
 

@@ -86,7 +86,7 @@ def rewritten(archive: Path, out: Path, member: str, change: Callable[[bytes], b
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Server]:
     with Server(store, ["vit.mar"]) as running:
-        running.wait_ready(120)
+        running.wait_ready(240)
         yield running
 
 
@@ -214,7 +214,7 @@ def test_a_tampered_archive_is_refused_and_the_server_says_why(store: Path, tmp_
         pytest.raises(ServerError, match=r"tensors hash to .*; the file was changed or damaged"),
         Server(store, ["tampered.mar"], run_dir=tmp_path / "run") as server,
     ):
-        server.wait_ready(120)
+        server.wait_ready(240)
 
 
 @dataclass(frozen=True)

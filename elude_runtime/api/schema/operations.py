@@ -133,6 +133,13 @@ class VectorInfo(Document):
     auc: float | None
 
 
+class PrecisionInfo(Document):
+    """How forward passes compute; the base model run in the same way on the same batch gives the same bits."""
+
+    tf32: bool
+    autocast: Literal["bfloat16", "float16"] | None
+
+
 class Description(Document):
     """What is served, and how to ask it."""
 
@@ -148,5 +155,6 @@ class Description(Document):
     vectors: list[VectorInfo]
     limits: dict[str, int]
     threads: int
+    precision: PrecisionInfo | None = Field(None, description="null: a server that does not say")
     problems: list[str]
     openapi: dict[str, Any]
