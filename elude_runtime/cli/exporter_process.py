@@ -33,10 +33,12 @@ class ExporterProcess:
             raise ServerError("The exporter is not running.")
         return self._process.pid
 
-    def start(self, directory: Path, log: Path) -> None:
-        """Starts it on the workers' folder and returns at once; its words go to `log`."""
+    def start(self, directory: Path, log: Path, server: int) -> None:
+        """Starts it on the workers' folder and returns at once; its words go to `log`. It ends with the process
+        `server` at the latest."""
         self._log, self._started = log, time.time()
         command = [sys.executable, "-c", _COMMAND, "exporter", "--dir", str(directory), "--port", str(self._port)]
+        command += ["--while", str(server)]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

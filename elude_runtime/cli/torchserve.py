@@ -145,8 +145,6 @@ class Server:
         require_programs()
         self._prepare_run_dir()
         self._addresses = write_settings(self.run_dir, self._config, self._ports, log_stdout=self._log_stdout)
-        if self._exporter is not None:  # before the workers: it wipes the folder
-            self._exporter.start(self.run_dir / "metrics", self.run_dir / "logs" / "exporter.log")
         # The module instead of the `torchserve` script: workers get this very interpreter, whatever stands on PATH.
         command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
         command += ["--ts-config", "config.properties", "--log-config", "log4j2.xml"]
@@ -166,6 +164,8 @@ class Server:
                 start_new_session=True,
             )
         try:
+            if self._exporter is not None:
+                self._exporter.start(self.run_dir / "metrics", self.run_dir / "logs" / "exporter.log", self.pid)
             addresses = {"url": self.url, "management_url": self.management_url, "metrics_url": self.metrics_url}
             record = {"pid": self.pid, "started": self._started, **addresses, "models": self.names}
             record["temporary"] = self._temporary

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped, unused-ignore]
 from prometheus_client import CollectorRegistry, Metric, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from elude_runtime.errors import ServerError, StorageError
 from elude_runtime.metrics.slots import forget_dead, wipe
+
+_LOOK_SECONDS = 2.0
 
 
 class _Workers(Collector):
@@ -56,9 +59,11 @@ def exporting(directory: Path, address: str, port: int) -> Iterator[int]:
         thread.join()
 
 
-def until_told() -> None:
-    """Returns on SIGTERM or SIGINT."""
+def until_told(process: int | None = None) -> None:
+    """Returns on SIGTERM or SIGINT, and soon after the end of a process."""
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
-    told.wait()
+    while not told.wait(_LOOK_SECONDS):
+        if process is not None and not psutil.pid_exists(process):
+            return

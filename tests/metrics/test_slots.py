@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -128,3 +129,22 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot hold metrics"):
         Slot(tmp_path / "file")
+
+
+def test_the_command_ends_with_the_process_that_it_goes_with(tmp_path: Path) -> None:
+    server = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    command = [sys.executable, "-c", "from elude_runtime.cli import main; main()", "exporter", "--dir", str(tmp_path)]
+    exporter = subprocess.Popen(
+        [*command, "--port", "0", "--json", "--while", str(server.pid)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert exporter.stdout is not None
+        told = json.loads(exporter.stdout.readline())
+        assert httpx.get(told["url"]).status_code == 200 and told["dir"] == str(tmp_path)
+        assert exporter.poll() is None
+        server.kill()
+        server.wait()
+        assert exporter.wait(20) == 0
+    finally:
+        server.kill()
+        exporter.kill()
