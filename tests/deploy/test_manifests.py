@@ -131,7 +131,7 @@ def test_every_command_is_one_of_ours(built: dict[str, list[dict[str, Any]]]) ->
             words = main[probe]["exec"]["command"]
             asked = check_call(words[1:])
             assert words[0] == "elude" and asked["ready"] is True
-            assert asked["management"] == CONFIG["management_address"]
+            assert asked["run_dir"] == called["run_dir"], f"the probe of {name} looks at another server"
             assert set(asked["model"] or []) <= models, f"{name} asks for a model that it does not serve"
     assert container(pods(built)["base"], "elude")["args"] == exec_form("serving", "CMD")
 
@@ -184,10 +184,12 @@ def test_the_end_waits_long_enough(built: dict[str, list[dict[str, Any]]]) -> No
     for pod in pods(built).values():
         main = pod["containers"][0]
         pause = main["lifecycle"]["preStop"]["exec"]["command"]
-        assert pause[0] == "sleep" and pod["terminationGracePeriodSeconds"] >= int(pause[1]) + longest + 18
+        called = check_call(main["args"])
+        assert pause[0] == "sleep" and called["grace"] >= longest
+        assert pod["terminationGracePeriodSeconds"] >= int(pause[1]) + called["grace"] + 18
         # the reason for which a model does not load is heard before the probe loses patience
         startup = main["startupProbe"]
-        assert startup["periodSeconds"] * startup["failureThreshold"] > check_call(main["args"])["timeout"]
+        assert startup["periodSeconds"] * startup["failureThreshold"] > called["timeout"]
 
 
 # --- safe
