@@ -84,7 +84,8 @@ def test_the_exporters_command_is_ours() -> None:
 
 def test_the_server_may_finish_its_longest_batch() -> None:
     longest = load(DEPLOY / "model-config.yaml")["responseTimeout"]
-    assert int(services()["elude"]["stop_grace_period"].removesuffix("s")) >= longest + 18
+    grace = check_call(exec_form("serving", "CMD"))["grace"]
+    assert grace >= longest and int(services()["elude"]["stop_grace_period"].removesuffix("s")) >= grace + 18
 
 
 def test_prometheus_asks_the_containers() -> None:

@@ -60,7 +60,8 @@ def test_the_command_and_the_health_check_are_ours() -> None:
     # TorchServe's sockets: 107 bytes at most, see cli/torchserve.py
     assert len(f"{called['run_dir']}/tmp/.ts.sock.12345") < 60
     check = exec_form("serving", "HEALTHCHECK")
-    assert check[0] == "elude" and check_call(check[1:])["ready"] is True
+    asked = check_call(check[1:])
+    assert check[0] == "elude" and asked["ready"] is True and asked["run_dir"] == called["run_dir"]
 
 
 def test_everything_that_is_copied_exists_and_is_let_into_the_build() -> None:
