@@ -211,7 +211,6 @@ def test_drift_is_seen_and_by_name(watched: Watched) -> None:
         lambda found: next(iter(found.values())) == pytest.approx(index(buckets()), rel=0.02),
     )
     (chance,) = watched.query(f'elude:drift_psi_null:1h{{feature="{worst}"}}').values()
-    assert psi == pytest.approx(index(buckets), rel=0.05)
     assert chance == pytest.approx(null(buckets().sum(), 240), rel=0.02)
     assert len(watched.query(f'elude_feature_info{{feature="{worst}"}}')) == 1
 
