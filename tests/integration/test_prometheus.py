@@ -76,6 +76,10 @@ class Watched:
             for one in reply["data"]["result"]
         }
 
+    def tells(self, expression: str, expected: dict[tuple[str, ...], float]) -> None:
+        """Soon."""
+        self.until(expression, lambda found: found == expected)
+
     def until(self, expression: str, holds: Callable[[dict[tuple[str, ...], float]], bool], seconds: float = 20) -> Any:
         """The first answer that holds. Fails with the last one."""
         deadline = time.monotonic() + seconds
@@ -148,22 +152,25 @@ def test_what_happened_is_what_prometheus_says(watched: Watched) -> None:
     bad = watched.send("predictions", b"no image", traceparent=f"00-{TRACE}-00f067aa0ba902b7-01")
     assert bad.status_code == 422
 
-    rows = watched.until(total("elude_rows_total", "kind", "status"), lambda found: sum(found.values()) == 9)
-    assert rows == {("predict", "200"): 6, ("explain", "200"): 1, ("steer", "200"): 1, ("rejected", "422"): 1}
-    assert watched.query(total("elude_request_seconds_count", "kind")) == {
-        ("predict",): 6, ("explain",): 1, ("steer",): 1, ("rejected",): 1
-    }  # fmt: skip
+    # the two ports are scraped one after the other
+    watched.tells(
+        total("elude_rows_total", "kind", "status"),
+        {("predict", "200"): 6, ("explain", "200"): 1, ("steer", "200"): 1, ("rejected", "422"): 1},
+    )
+    watched.tells(
+        total("elude_request_seconds_count", "kind"),
+        {("predict",): 6, ("explain",): 1, ("steer",): 1, ("rejected",): 1},
+    )
     seconds = watched.query(total("elude_request_seconds_sum", "kind"))
     assert 0 < seconds["predict",] / 6 < seconds["explain",]
-    assert watched.query(total("elude_problems_total", "type")) == {("invalid-image",): 1}
-    assert watched.query(total("elude_edits_total")) == {(): 1}
-    assert watched.query(total("elude_batch_rows_sum")) == {(): 9}
+    watched.tells(total("elude_problems_total", "type"), {("invalid-image",): 1})
+    watched.tells(total("elude_edits_total"), {(): 1})
+    watched.tells(total("elude_batch_rows_sum"), {(): 9})
     (layer,) = explained["explanations"][0]["layers"]
     (errors,) = watched.query("elude_completeness_error_sum").values()
     assert errors == pytest.approx(layer["completeness_error"], rel=1e-5)
     assert watched.query(total("elude_stage_seconds_count", "stage"))["explain",] == 1
-    info = watched.query("max by (checkpoint_sha256, model, version) (elude_model_info)")
-    assert info == {(watched.sha256, "demo", "1.0"): 1}
+    watched.tells("max by (checkpoint_sha256, model, version) (elude_model_info)", {(watched.sha256, "demo", "1.0"): 1})
     received = watched.query(total("elude_received_bytes_total"))[()]
     assert received > sum(len(image.read_bytes()) for image in watched.images[:6])
 
@@ -211,7 +218,7 @@ def test_drift_is_seen_and_by_name(watched: Watched) -> None:
         lambda found: next(iter(found.values())) == pytest.approx(index(buckets()), rel=0.02),
     )
     (chance,) = watched.query(f'elude:drift_psi_null:1h{{feature="{worst}"}}').values()
-    assert chance == pytest.approx(null(buckets().sum(), 240), rel=0.02)
+    assert chance == pytest.approx(null(buckets().sum(), 240), rel=0.15)  # increase() extrapolates
     assert len(watched.query(f'elude_feature_info{{feature="{worst}"}}')) == 1
 
 
