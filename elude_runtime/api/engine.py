@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ class Engine:
         self.shares = tail_shares(model)  # plans the tails too, before the server says that it is ready
         classes = manifest.output == "logits"
         self.writer = ReplyWriter(manifest.labels, catalogue, model.data_config.input_size, classes=classes)
-        self.targets = TargetReader(manifest.labels, self._output_size, classes=classes)
+        self.targets = TargetReader(manifest.labels, model.tails.output_size, classes=classes)
         self.policies = PolicyBook(model, config, policies or {}, self.vectors)
         self.documents = ReplyDocuments(model.data_config, self.info, self.writer, self.policies)
         self.watch: Watch | None = None
@@ -169,13 +168,6 @@ class Engine:
             vectors=vectors,
             policies=stored,
         )
-
-    @cached_property
-    def _output_size(self) -> int:
-        parameter = next(self.model.base.parameters())
-        blank = torch.zeros(1, *self.model.data_config.input_size, device=parameter.device, dtype=parameter.dtype)
-        with torch.no_grad():
-            return int(self.model(blank).shape[-1])
 
     def describe(self) -> dict[str, Any]:
         """Layers, feature counts, data configuration, digests, limits, policies, threads, and the JSON schemas."""

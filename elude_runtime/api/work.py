@@ -27,13 +27,13 @@ def tail_shares(model: EludeModel) -> dict[str, float]:
     """For every split layer, floating-point operations of a tail over those of a prediction."""
     parameter = next(model.base.parameters())
     images = torch.zeros(1, *model.data_config.input_size, device=parameter.device, dtype=parameter.dtype)
-    recording = model.record(images)
-    with _counter() as whole, torch.no_grad():
-        model.base(images)
+    tails = model.tails  # planned before anything is counted
+    with _counter() as whole:
+        recording = model.record(images)  # the operations of a prediction
     rows, shares = torch.zeros(1, dtype=torch.long, device=parameter.device), {}
     for layer in model.layers:
         with _counter() as tail, torch.no_grad():
-            model.tails.run(recording, layer, recording.y[layer], rows)
+            tails.run(recording, layer, recording.y[layer], rows)
         shares[layer] = round(min(1.0, tail.get_total_flops() / max(1, whole.get_total_flops())), 4)
     return shares
 

@@ -51,7 +51,8 @@ class Recording:
 class TailRunner:
     """Records passes of a model and re-runs its tails. The model's modules are patched only inside a call.
 
-    Planning takes a pass over one random image, three over two, and a layer a tail over one and one over two.
+    output_size: K. Planning takes a pass over one random image, three over two, and a layer a tail over one and one
+    over two.
     LayerError for a layer that cannot be split in this model.
     """
 
@@ -68,6 +69,7 @@ class TailRunner:
             self.plans = draft_plans(model, layers, noise[:2], noise[2])
             with self._hooks({layer: lambda _, __, out: _other(out) for layer in layers}):
                 recording = self.record(noise[:2], layers)
+            self.output_size = int(recording.logits.shape[-1])
             for layer in layers:
                 self.plans[layer] = self._tried(self.plans[layer], recording)
 
