@@ -10,8 +10,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,15 @@ from elude_runtime.api.config import ServingConfig
 from elude_runtime.api.decoding import DecodePool
 from elude_runtime.api.documents import ReplyDocuments
 from elude_runtime.api.intake import Body, ImageReader, Picture, Question, Row, read_body, read_question, validated
-from elude_runtime.api.kserve import Envelope, is_kserve, open_envelope
+from elude_runtime.api.kserve import is_kserve, open_envelope
 from elude_runtime.api.policies import PolicyBook
 from elude_runtime.api.precision import run_under_autocast, set_tf32
 from elude_runtime.api.problems import Problem, at
 from elude_runtime.api.replies import ReplyWriter
+from elude_runtime.api.rows import JSON, Answered, Asked, Operation, TakenIn, answered_problem, overloaded, seen_row
 from elude_runtime.api.schema import operations as ops
 from elude_runtime.api.schema import reply as wire
 from elude_runtime.api.schema.request import Activations, Expect, Explain, Request
-from elude_runtime.api.seen import REJECTED, Seen, seen_jobs
 from elude_runtime.api.targets import TargetReader
 from elude_runtime.api.work import admitted, check_limits, check_work, explain_work, steer_work, tail_shares
 from elude_runtime.checkpoint.catalogue import FeatureCatalogue, read_catalogue
@@ -45,55 +45,6 @@ from elude_runtime.network.served_transform import served_transform
 
 __all__ = ["Answered", "Engine", "Row"]
 logger = logging.getLogger(__name__)
-JSON, PROBLEM_JSON = "application/json", "application/problem+json"
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The reply to one row: status, content type, body text and further headers. problem: its type, "" for an answer;
-    seen: what metrics and logs may tell of it."""
-
-    status: int
-    content_type: str
-    body: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    problem: str = ""
-    seen: Seen | None = None
-
-
-@dataclass(frozen=True)
-class _Operation:
-    """Something else than predictions. work: that a batch has to have room for."""
-
-    name: str
-    run: Callable[[], Answered]
-    work: float = 0.0
-
-
-@dataclass(frozen=True)
-class _TakenIn:
-    """A request as far as it can be read without the model. questions: one, or an envelope's; milliseconds: it took."""
-
-    body: Body
-    questions: Sequence[Question | Problem] = ()
-    envelope: Envelope | None = None
-    milliseconds: float = 0.0
-
-
-@dataclass
-class _Asked:
-    """One row's questions on their way. envelope: KServe's, around them; parts: a job, or what was wrong with it."""
-
-    parts: list[Job | Problem]
-    envelope: Envelope | None = None
-
-    @property
-    def jobs(self) -> list[Job]:
-        return [part for part in self.parts if isinstance(part, Job)]
-
-    @property
-    def work(self) -> float:
-        return sum(job.work for job in self.jobs)
 
 
 class Engine:
@@ -180,21 +131,21 @@ class Engine:
         taken_in = self.pool.map(lambda row: self._guard(self._take_in, row, row, len(rows) == 1), rows)
         asked_for = [self._guard(self._read, row, row, taken) for row, taken in zip(rows, taken_in, strict=True)]
         read = list(asked_for)
-        costly = [n for n, asked in enumerate(read) if isinstance(asked, _Asked | _Operation)]
+        costly = [n for n, asked in enumerate(read) if isinstance(asked, Asked | Operation)]
         let_in = admitted([read[n].work for n in costly], self.config.max_batch_work)
         for n, allowed in zip(costly, let_in, strict=True):
             if not allowed:  # all of a request or nothing of it, so that it can be sent again as it is
-                read[n] = _problem(_overloaded())
-        running = [job for asked in read if isinstance(asked, _Asked) for job in asked.jobs]
+                read[n] = answered_problem(overloaded())
+        running = [job for asked in read if isinstance(asked, Asked) for job in asked.jobs]
         if running:
             run_batch(self.model, self.targets, running, self.watch)
         answered = []
         for row, asked, first in zip(rows, read, asked_for, strict=True):
-            if isinstance(asked, _Operation):
+            if isinstance(asked, Operation):
                 asked = self._guard(asked.run, row)
-            elif isinstance(asked, _Asked):
+            elif isinstance(asked, Asked):
                 asked = self._guard(self._close, row, asked, len(running), started)
-            answered.append(replace(asked, seen=_seen(row, first, asked, time.perf_counter() - started)))
+            answered.append(replace(asked, seen=seen_row(row, first, asked, time.perf_counter() - started)))
         return answered
 
     def _guard(self, work: Any, row: Row, *arguments: Any) -> Any:
@@ -202,29 +153,29 @@ class Engine:
         try:
             return work(*arguments)
         except Problem as problem:
-            return _problem(problem)
+            return answered_problem(problem)
         except Exception:
             logger.exception("request %s failed", row.request_id)
-            return _problem(internal_error())
+            return answered_problem(internal_error())
 
     # --- in -----------------------------------------------------------------------------------------------------------
 
-    def _take_in(self, row: Row, alone: bool) -> _TakenIn:
+    def _take_in(self, row: Row, alone: bool) -> TakenIn:
         """Everything about a request that does not need the model, from any thread. alone: in its batch, so that its
         images may be decoded side by side; otherwise the rows are."""
         started = time.perf_counter()
         body = read_body(row, self.config)
         if body.operation:
-            return _TakenIn(body)
+            return TakenIn(body)
         reader = ImageReader(self.config, self.transform, self.pool, spread=alone)
         if is_kserve(body.document) and body.image is None:
             size = self.model.data_config.input_size
             envelope = open_envelope(body.document, self.config, self.info, size, reader, explain=row.explain)
-            return _TakenIn(body, envelope.questions, envelope, milliseconds(started))
+            return TakenIn(body, envelope.questions, envelope, milliseconds(started))
         question = read_question(body.document, body.image, reader, explain=row.explain)
-        return _TakenIn(body, [question], None, milliseconds(started))
+        return TakenIn(body, [question], None, milliseconds(started))
 
-    def _read(self, row: Row, taken: _TakenIn | Answered) -> _Asked | _Operation | Answered:
+    def _read(self, row: Row, taken: TakenIn | Answered) -> Asked | Operation | Answered:
         if isinstance(taken, Answered):
             return taken
         if taken.body.operation:
@@ -233,34 +184,34 @@ class Engine:
         if envelope is None:
             (question,) = taken.questions
             assert isinstance(question, Question)
-            return _Asked([self._job(question, row.request_id, taken.milliseconds)])
+            return Asked([self._job(question, row.request_id, taken.milliseconds)])
         place, whole = envelope.place, envelope.whole
         parts = [
             self._part(question, row, taken.milliseconds, place if whole else [*place, n])
             for n, question in enumerate(taken.questions)
         ]
-        asked = _Asked(parts, envelope)
+        asked = Asked(parts, envelope)
         check_work(asked.work, self.config)
         return asked
 
-    def _operation(self, body: Body) -> _Operation:
+    def _operation(self, body: Body) -> Operation:
         if body.image is not None:
             raise Problem("invalid-document", f"The operation {body.operation} takes one JSON document, no parts.")
         if body.operation == "describe":
             asked: Any = validated(ops.DescribeRequest, body.document)
             self._expected(asked.expect)
-            return _Operation("describe", lambda: Answered(200, JSON, json.dumps(self.describe(), allow_nan=False)))
+            return Operation("describe", lambda: Answered(200, JSON, json.dumps(self.describe(), allow_nan=False)))
         if body.operation == "features":
             asked = validated(ops.FeaturesRequest, body.document)
             self._expected(asked.expect)
             catalogue = self.catalogue
             if catalogue is None:
                 raise Problem("internal-error", "The server has no feature catalogue.")
-            return _Operation("features", lambda: self._features(asked, catalogue))
+            return Operation("features", lambda: self._features(asked, catalogue))
         asked = validated(ops.VectorsRequest, body.document)
         self._expected(asked.expect)
         operations.check_vectors(asked, self.model, self.config)
-        return _Operation("vectors", lambda: self._vectors(asked), float(len(asked.positive) + len(asked.negative)))
+        return Operation("vectors", lambda: self._vectors(asked), float(len(asked.positive) + len(asked.negative)))
 
     def _features(self, asked: ops.FeaturesRequest, catalogue: FeatureCatalogue) -> Answered:
         made = operations.features(asked, catalogue, self.model.layers, self.info, _identity(asked.id))
@@ -346,7 +297,7 @@ class Engine:
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
-    def _close(self, asked: _Asked, batch: int, started: float) -> Answered:
+    def _close(self, asked: Asked, batch: int, started: float) -> Answered:
         if asked.envelope is None:
             (job,) = asked.jobs
             made = self._sized(self.documents.text(job, batch, started), "fewer targets, layers, features or heatmaps")
@@ -377,31 +328,6 @@ class Engine:
             detail = f"The response would have {size} bytes, the limit is {limit}; ask for {advice}."
             raise Problem("response-too-large", detail)
         return Answered(200, JSON, body)
-
-
-def _problem(problem: Problem) -> Answered:
-    body = problem.document().model_dump_json(exclude_none=True)
-    return Answered(problem.status, PROBLEM_JSON, body, problem.headers, problem.kind)
-
-
-def _seen(row: Row, asked: _Asked | _Operation | Answered, reply: Answered, seconds: float) -> Seen:
-    """asked: what was read of the row, or the problem that this met."""
-    sent = len(reply.body) if reply.body.isascii() else len(reply.body.encode("utf-8", "replace"))
-    problems: tuple[str, ...] = (reply.problem,) if reply.problem else ()
-    if isinstance(asked, _Asked) and not problems:  # those of single instances stand inside a KServe reply
-        failed = [part if isinstance(part, Problem) else part.problem for part in asked.parts]
-        problems = tuple(problem.kind for problem in failed if problem)
-    kind = asked.name if isinstance(asked, _Operation) else REJECTED
-    received = sum(map(len, row.parts.values()))
-    seen = Seen(kind, reply.status, seconds, problems=problems, received=received, sent=sent)
-    if isinstance(asked, _Operation):
-        return replace(seen, work=asked.work)
-    return seen_jobs(asked.jobs, seen) if isinstance(asked, _Asked) and asked.jobs else seen
-
-
-def _overloaded() -> Problem:
-    detail = "Requests beside this one used up what one batch may cost; try again in a second."
-    return Problem("overloaded", detail, headers={"Retry-After": "1"})
 
 
 def _identity(asked: str | None) -> str:
