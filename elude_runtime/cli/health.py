@@ -94,11 +94,15 @@ def health(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Exit 0 if the server is alive or, with --ready, if it can answer; 1 with the reason otherwise."""
-    if run_dir is not None:
+    starting = run_dir is not None and not (run_dir / "run.json").exists()
+    if run_dir is not None and not starting:
         management, inference = read_addresses(run_dir)
         token = token or read_keys(run_dir).get("management" if ready else "inference")
-    if ready and run_dir is not None and (run_dir / DRAINING).exists():
-        reason: str | None = "The server is being stopped."
+    reason: str | None
+    if starting:  # what a probe meets in the first second; 2 would tell Docker something else
+        reason = f"No server runs in {run_dir}, or it has only just been started."
+    elif ready and run_dir is not None and (run_dir / DRAINING).exists():
+        reason = "The server is being stopped."
     else:
         reason = not_ready(management, model or [], token, timeout) if ready else _not_alive(inference, token, timeout)
     if as_json:

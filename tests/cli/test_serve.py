@@ -279,6 +279,16 @@ def test_the_cause_is_the_sentence_that_helps() -> None:
     assert find_cause("") == "It said nothing."
 
 
+def test_health_of_a_server_that_has_only_just_been_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No run folder yet, or nothing in it: a probe is told no, and not that it was asked wrongly."""
+    for folder in (tmp_path, tmp_path / "none"):
+        for ready in (True, False):
+            with pytest.raises(typer.Exit) as told:
+                health(ready=ready, run_dir=folder, as_json=True)
+            assert told.value.exit_code == 1
+            assert str(folder) in json.loads(capsys.readouterr().out)["reason"]
+
+
 def test_health_says_when_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
     address = f"http://127.0.0.1:{free_ports(1)[0]}"
     for ready in (False, True):

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -184,6 +185,24 @@ class TestLimits:
         # nginx counts the burst either with the first request or beside it
         assert 3 <= len(refused) <= 7 and [r.status_code for r in replies[:5]] == [200] * 5
         assert refused[0].json()["type"] == "server-unavailable" and refused[0].headers["retry-after"] == "1"
+
+    def test_too_many_at_once(self, front: Front, instances: dict[str, Instance]) -> None:
+        """What one client has under way is bounded, and others do not notice."""
+        front.rewrite(lambda text: text.replace("limit_conn elude_under_way 32;", "limit_conn elude_under_way 3;"))
+        for instance in instances.values():
+            instance.delay = 1.0
+        try:
+            with front.http("bob") as bob, front.http("ann") as ann, ThreadPoolExecutor(9) as pool:
+                asked = [pool.submit(bob.post, PREDICT, content=b"x") for _ in range(8)]
+                other = pool.submit(ann.post, PREDICT, content=b"x")
+                replies = [one.result() for one in asked]
+                assert other.result().status_code == 200
+        finally:
+            for instance in instances.values():
+                instance.delay = 0.0
+            front.rewrite(lambda text: text)
+        assert sorted(r.status_code for r in replies) == [200] * 3 + [429] * 5
+        assert {r.json()["type"] for r in replies if r.status_code == 429} == {"server-unavailable"}
 
     def test_its_own_answers_are_of_the_clients_family(self) -> None:
         lines = [
