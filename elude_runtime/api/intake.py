@@ -92,13 +92,6 @@ class ImageReader:
 
     def read(self, encoded: bytes) -> Picture:
         """Problem for an image that is too large or cannot be decoded, or where it and those before are too large."""
-        self._check_bytes(encoded)
-        if self._pixels >= self._config.max_request_pixels:
-            raise Problem(
-                "image-too-large",
-                f"The request's images have over {self._config.max_request_pixels} pixels in all; send fewer, or "
-                "smaller ones.",
-            )
         return self._counted(self._decode(encoded))
 
     def read_all(self, encoded: Sequence[bytes]) -> list[Picture | Problem]:
@@ -113,25 +106,28 @@ class ImageReader:
         more decoded side by side than one after another."""
         pixels = self._pixels
         for number, one in enumerate(encoded):
-            if pixels >= self._config.max_request_pixels:
-                return number
             pixels += announced_pixels(one, SERVED_FORMATS)
+            if pixels > self._config.max_request_pixels:
+                return number
         return len(encoded)
-
-    def _check_bytes(self, encoded: bytes) -> None:
-        limit = self._config.max_image_bytes
-        if len(encoded) > limit:
-            raise Problem("image-too-large", f"The image has {len(encoded)} bytes, the limit is {limit}.")
 
     def _decode(self, encoded: bytes) -> Picture:
         """From any thread; counts nothing."""
-        self._check_bytes(encoded)
+        limit = self._config.max_image_bytes
+        if len(encoded) > limit:
+            raise Problem("image-too-large", f"The image has {len(encoded)} bytes, the limit is {limit}.")
         with ExitStack() as held:
+
+            def begin(pixels: int) -> None:
+                if self._pixels + pixels > self._config.max_request_pixels:
+                    raise ImageTooLargeError(
+                        f"The request's images have over {self._config.max_request_pixels} pixels in all; send fewer, "
+                        "or smaller ones."
+                    )
+                held.enter_context(self._pool.room(pixels))
+
             try:
-                image = decode_image(
-                    encoded, self._config.max_image_pixels, SERVED_FORMATS,
-                    begin=lambda pixels: held.enter_context(self._pool.room(pixels)),
-                )  # fmt: skip
+                image = decode_image(encoded, self._config.max_image_pixels, SERVED_FORMATS, begin)
                 return Picture(to_input(image, self._transform), image.size)
             except ImagesError as error:
                 too_large = isinstance(error, ImageTooLargeError)

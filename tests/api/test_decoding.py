@@ -15,6 +15,7 @@ from conftest import Rewritten
 from PIL import Image
 from support import encoded, picture
 
+from elude_runtime.api import intake
 from elude_runtime.api.config import ServingConfig
 from elude_runtime.api.decoding import DecodePool
 from elude_runtime.api.engine import Engine
@@ -33,7 +34,7 @@ Asking = Callable[[int, list[Row]], list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def ask(vit: Rewritten) -> Asking:
     """An engine's replies with so many threads, without what differs from call to call."""
-    engine = Engine(vit.model, ServingConfig(max_request_pixels=9000), name="tiny", version="1.0")
+    engine = Engine(vit.model, ServingConfig(max_request_pixels=30_000), name="tiny", version="1.0")
 
     def call(threads: int, rows: list[Row]) -> list[dict[str, Any]]:
         engine.pool = DecodePool(threads, 9000)
@@ -114,18 +115,14 @@ class TestReadAll:
         assert [told(found) for found in side_by_side] == one_by_one
 
     def test_no_more_is_decoded_than_one_after_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        decoded: list[bytes] = []
-        from elude_runtime.api import intake
-
-        inner = intake.decode_image
-        monkeypatch.setattr(
-            intake, "decode_image", lambda data, *a, **k: (decoded.append(data), inner(data, *a, **k))[1]
-        )
-        config = ServingConfig(max_request_pixels=30_000)
+        decoded: list[Any] = []
+        inner = intake.to_input
+        monkeypatch.setattr(intake, "to_input", lambda image, *a: (decoded.append(image), inner(image, *a))[1])
+        config = ServingConfig(max_request_pixels=60_000)
         reader = ImageReader(config, DataConfig((3, 32, 32), (0.5,) * 3, (0.5,) * 3).transform(), DecodePool(4, 10**6))
         found = reader.read_all([LARGE] * 9)
         assert [isinstance(one, Picture) for one in found] == [True] * 2 + [False] * 7
-        assert len(decoded) == 2
+        assert len(decoded) == 2 and all(one.kind == "image-too-large" for one in found[2:] if isinstance(one, Problem))
 
 
 class TestEngine:
