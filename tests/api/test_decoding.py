@@ -118,7 +118,7 @@ class TestReadAll:
         decoded: list[Any] = []
         inner = intake.to_input
         monkeypatch.setattr(intake, "to_input", lambda image, *a: (decoded.append(image), inner(image, *a))[1])
-        config = ServingConfig(max_request_pixels=60_000)
+        config = ServingConfig(max_request_pixels=59_000)
         reader = ImageReader(config, DataConfig((3, 32, 32), (0.5,) * 3, (0.5,) * 3).transform(), DecodePool(4, 10**6))
         found = reader.read_all([LARGE] * 9)
         assert [isinstance(one, Picture) for one in found] == [True] * 2 + [False] * 7
