@@ -227,15 +227,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--store", action="store_true", help="write the figures into the configuration file")
     parser.add_argument("--features", action="store_true", help="rewrite the shipped network; what its features do")
+    parser.add_argument("--drift", action="store_true", help="the same; whether drift names the watermark's features")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.features:
-        from elude_runtime.demo.features import feature_figures  # it needs what `.[evaluate]` installs
-
+    if args.features or args.drift:
         if args.store or args.folder != CONFIG_FILE.parent:
-            parser.error("--features rewrites the shipped network as the demo does, and stores nothing")
+            parser.error("--features and --drift rewrite the shipped network as the demo does, and store nothing")
         with TemporaryDirectory() as folder:
-            show(feature_figures(Path(folder), args.pictures))
+            if args.features:
+                from elude_runtime.demo.features import feature_figures  # it needs what `.[evaluate]` installs
+
+                show(feature_figures(Path(folder), args.pictures))
+            else:
+                from elude_runtime.demo.drift import drift_figures
+
+                show(drift_figures(Path(folder), args.pictures))
         return
     model, config = load_demo_model(args.folder)
     figures = measure(model, args.pictures, args.threads)

@@ -96,6 +96,19 @@ def count_bins(activations: Tensor, edges: Tensor) -> NDArray[np.int64]:
     return torch.bincount(place.flatten(), minlength=len(edges) * BINS).view(-1, BINS).numpy()
 
 
+def stability_index(counts: NDArray[np.int64]) -> float:
+    """Population stability index of counts [12], with one image of the expected shares added, as the recording rules
+    have it: the sum over the bins of (p - q) ln(p / q)."""
+    q = np.array(BIN_SHARES)
+    p = (counts + q) / (counts.sum() + 1)
+    return float(((p - q) * np.log(p / q)).sum())
+
+
+def chance_of_psi(images: int, expected_images: int) -> float:
+    """The index's mean where nothing moved: of so many images against those behind the expected shares."""
+    return (BINS - 1) * (1 / images + 1 / expected_images)
+
+
 class DriftWatch:
     """Counts the watched features on a share of the images. `looking` is called around every forward pass; the counting
     is done by a thread of its own, from copies of the sampled rows of the layers' inputs.
