@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from http import HTTPStatus
 from pathlib import Path
@@ -96,7 +96,10 @@ class EludeHandler:
         rows = [self._read(index, item, context) for index, item in enumerate(data)]
         replies = self._answer(rows)
         bodies = [self._write(index, reply, context) for index, reply in enumerate(replies)]
-        self._measure(self._monitor.saw(rows, replies), context)
+        try:
+            self._measure(self._monitor.saw(rows, replies), context)
+        except Exception:  # the answers are there, and go out
+            logger.exception("metrics of a batch failed")
         return bodies
 
     def describe_handle(self) -> dict[str, Any]:
@@ -109,7 +112,8 @@ class EludeHandler:
 
     def _mark_busy(self, mark: bytes) -> None:
         if self._busy is not None:
-            os.pwrite(self._busy, mark, 0)
+            with suppress(OSError):  # a full disk: a stop may wait too short or too long
+                os.pwrite(self._busy, mark, 0)
 
     def _answer(self, rows: list[Any]) -> list[Any]:
         """The engine's replies, None for a row over which it failed.
@@ -202,8 +206,12 @@ def _open_mark() -> int | None:
     folder = os.environ.get("ELUDE_BUSY_DIR")
     if not folder:
         return None
-    mark = os.open(Path(folder) / f"{os.getpid()}.busy", os.O_RDWR | os.O_CREAT, 0o600)
-    os.pwrite(mark, b"0", 0)
+    try:
+        mark = os.open(Path(folder) / f"{os.getpid()}.busy", os.O_RDWR | os.O_CREAT, 0o600)
+        os.pwrite(mark, b"0", 0)
+    except OSError as error:  # a stop may wait too short; the model is served all the same
+        logger.error("%s cannot be written (%s): a stop does not wait for this worker", folder, error.strerror)
+        return None
     return mark
 
 

@@ -31,7 +31,19 @@ from elude_runtime.api.policies import PolicyBook
 from elude_runtime.api.precision import run_under_autocast, set_tf32
 from elude_runtime.api.problems import Problem, at
 from elude_runtime.api.replies import ReplyWriter
-from elude_runtime.api.rows import JSON, Answered, Asked, Operation, TakenIn, answered_problem, overloaded, seen_row
+from elude_runtime.api.rows import (
+    JSON,
+    Answered,
+    Asked,
+    Operation,
+    TakenIn,
+    answered_problem,
+    asked_identity,
+    identified,
+    overloaded,
+    seen_row,
+    utf8_length,
+)
 from elude_runtime.api.schema import operations as ops
 from elude_runtime.api.schema import reply as wire
 from elude_runtime.api.schema.request import Activations, Expect, Explain, Request
@@ -140,13 +152,17 @@ class Engine:
         if running:
             run_batch(self.model, self.targets, running, self.watch)
         answered = []
-        for row, asked, first in zip(rows, read, asked_for, strict=True):
+        for row, asked in zip(rows, read, strict=True):
             if isinstance(asked, Operation):
                 asked = self._guard(asked.run, row)
             elif isinstance(asked, Asked):
                 asked = self._guard(self._close, row, asked, len(running), started)
-            answered.append(replace(asked, seen=seen_row(row, first, asked, time.perf_counter() - started)))
-        return answered
+            answered.append(asked)
+        seconds = time.perf_counter() - started  # the batch's answers leave together
+        return [
+            replace(reply, seen=seen_row(row, asked, reply, seconds))
+            for row, asked, reply in zip(rows, asked_for, answered, strict=True)
+        ]
 
     def _guard(self, work: Any, row: Row, *arguments: Any) -> Any:
         """The result of `work`, or the problem that it met, for this row alone."""
@@ -168,18 +184,23 @@ class Engine:
         if body.operation:
             return TakenIn(body)
         reader = ImageReader(self.config, self.transform, self.pool, spread=alone)
-        if is_kserve(body.document) and body.image is None:
-            size = self.model.data_config.input_size
-            envelope = open_envelope(body.document, self.config, self.info, size, reader, explain=row.explain)
-            return TakenIn(body, envelope.questions, envelope, milliseconds(started))
-        question = read_question(body.document, body.image, reader, explain=row.explain)
-        return TakenIn(body, [question], None, milliseconds(started))
+        with identified(body.document):
+            if is_kserve(body.document) and body.image is None:
+                size = self.model.data_config.input_size
+                envelope = open_envelope(body.document, self.config, self.info, size, reader, explain=row.explain)
+                return TakenIn(body, envelope.questions, envelope, milliseconds(started))
+            question = read_question(body.document, body.image, reader, explain=row.explain)
+            return TakenIn(body, [question], None, milliseconds(started))
 
     def _read(self, row: Row, taken: TakenIn | Answered) -> Asked | Operation | Answered:
         if isinstance(taken, Answered):
             return taken
-        if taken.body.operation:
-            return self._operation(taken.body)
+        with identified(taken.body.document):
+            if taken.body.operation:
+                return replace(self._operation(taken.body), identity=asked_identity(taken.body.document))
+            return self._asked(row, taken)
+
+    def _asked(self, row: Row, taken: TakenIn) -> Asked:
         envelope = taken.envelope
         if envelope is None:
             (question,) = taken.questions
@@ -322,7 +343,7 @@ class Engine:
         return made
 
     def _sized(self, body: str, advice: str) -> Answered:
-        size = len(body) if body.isascii() else len(body.encode())
+        size = utf8_length(body)
         if size > self.config.max_response_bytes:
             limit = self.config.max_response_bytes
             detail = f"The response would have {size} bytes, the limit is {limit}; ask for {advice}."

@@ -106,7 +106,8 @@ class ImageReader:
         more decoded side by side than one after another."""
         pixels = self._pixels
         for number, one in enumerate(encoded):
-            pixels += announced_pixels(one, SERVED_FORMATS)
+            if len(one) <= self._config.max_image_bytes:  # larger ones are refused unopened
+                pixels += announced_pixels(one, SERVED_FORMATS)
             if pixels > self._config.max_request_pixels:
                 return number
         return len(encoded)

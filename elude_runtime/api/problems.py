@@ -42,6 +42,7 @@ class Problem(Exception):
     ) -> None:
         super().__init__(detail)
         self.kind, self.detail, self.errors, self.headers = kind, detail, errors, dict(headers or {})
+        self.identity = ""  # the client's, where the document could be read
 
     @property
     def status(self) -> int:

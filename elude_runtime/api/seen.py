@@ -10,15 +10,13 @@ from elude_runtime.api.work import count_changes
 
 REJECTED, FAILED = "rejected", "failed"
 """Kinds of rows that were not understood, and over which the engine itself failed."""
-KINDS = (
-    "predict", "explain", "steer", "explain_steer", "activations", "features", "vectors", "describe", REJECTED, FAILED
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One row of a batch. kind: of `KINDS`, by what it asked; identity: the client's id, or ours; seconds: from the
-    batch's arrival until the row's answer was written; work: in predictions, beside the predictions; problems: their
+    """One row of a batch. kind: what it asked (predict, explain, steer, explain_steer, activations, features, vectors,
+    describe), rejected or failed; identity: the client's id, or ours; seconds: from the batch's arrival until its
+    answers were written; work: in predictions, beside the predictions; problems: their
     types, several only in a KServe reply; edits: edits and vectors of the request; policies: in force for the answer;
     completeness: (layer, method, relative error) of each explained layer; stages: seconds by name; received, sent:
     bytes of the bodies."""
@@ -47,9 +45,9 @@ def kind_of(jobs: Sequence[Job]) -> str:
     return "activations" if any(r.activations for r in requests) else "predict"
 
 
-def seen_jobs(jobs: Sequence[Job], seen: Seen) -> Seen:
-    """`seen` with what stands on the jobs of its row: those that were answered."""
-    done = [job for job in jobs if job.problem is None and job.output is not None]
+def seen_jobs(jobs: Sequence[Job], seen: Seen, *, answered: bool) -> Seen:
+    """`seen` with what stands on the jobs of its row. answered: the row's reply holds those without a problem."""
+    done = [job for job in jobs if answered and job.problem is None and job.output is not None]
     steers = [job.question.request.steer for job in done]
     stages: dict[str, float] = {}
     for job in jobs:

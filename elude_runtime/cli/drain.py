@@ -14,6 +14,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from elude_runtime.cli.health import DRAINING, fetch_json, model_names, read_addresses, read_keys
+from elude_runtime.cli.server_process import read_record
 from elude_runtime.errors import ServerError
 
 BUSY = "ELUDE_BUSY_DIR"
@@ -29,9 +30,10 @@ def drain(run_dir: Path, grace: float) -> bool:
 
     From its beginning on `elude health --ready --run-dir` says that the server is not ready, and a balancer that asks
     sends no more. Requests that come all the same are answered, so under steady traffic the time runs out. A server
-    that does not answer its management port has nothing to wait for. Raises `EludeError` if this is no run folder.
+    whose process is gone has nothing to wait for. Raises `EludeError` if this is no run folder.
     """
     management, _ = read_addresses(run_dir)
+    server, _ = read_record(run_dir)
     (run_dir / DRAINING).touch()
     token = read_keys(run_dir).get("management")
     deadline = time.monotonic() + grace
@@ -40,7 +42,12 @@ def drain(run_dir: Path, grace: float) -> bool:
         try:
             versions = _versions(management, token)
         except ServerError:
-            return True
+            if not psutil.pid_exists(server):
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK)
+            continue
         now = time.monotonic()
         if any(v["jobQueueStatus"]["pendingRequests"] for v in versions) or _busy(run_dir / "tmp"):
             quiet_since = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from elude_runtime.cli.server_process import stop_session
@@ -19,12 +20,13 @@ class ExporterProcess:
     """`elude exporter` as a process in a session of its own, on this host only. port: a free one by default."""
 
     def __init__(self, port: int | None = None) -> None:
-        self._port = port or free_ports(1)[0]
+        self._port = port
         self._process: subprocess.Popen[bytes] | None = None
         self._started, self._log = 0.0, Path()
 
     @property
     def url(self) -> str:
+        """Where it listens, once it was started."""
         return f"http://127.0.0.1:{self._port}"
 
     @property
@@ -33,10 +35,11 @@ class ExporterProcess:
             raise ServerError("The exporter is not running.")
         return self._process.pid
 
-    def start(self, directory: Path, log: Path, server: int) -> None:
+    def start(self, directory: Path, log: Path, server: int, besides: Collection[int]) -> None:
         """Starts it on the workers' folder and returns at once; its words go to `log`. It ends with the process
-        `server` at the latest."""
+        `server` at the latest. besides: ports that it may not choose."""
         self._log, self._started = log, time.time()
+        self._port = self._port or free_ports(1, besides)[0]
         command = [sys.executable, "-c", _COMMAND, "exporter", "--dir", str(directory), "--port", str(self._port)]
         command += ["--while", str(server)]
         with log.open("wb") as file:

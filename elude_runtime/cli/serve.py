@@ -82,6 +82,7 @@ def _show(server: Server, foreground: bool, as_json: bool) -> None:
 def _stay(server: Server, as_json: bool, grace: float) -> None:
     """Shows the screen, waits for Ctrl-C or the server's end, and leaves nothing running."""
     from elude_runtime.cli.drain import drain
+    from elude_runtime.cli.health import DRAINING
 
     try:
         _show(server, True, as_json)  # whoever reads it may press Ctrl-C at once
@@ -94,7 +95,10 @@ def _stay(server: Server, as_json: bool, grace: float) -> None:
             with Console(stderr=True).status("Stopping"):
                 server.stop()
         return
-    server.stop(keep_run_dir=True)
+    told = (server.run_dir / DRAINING).exists() or not (server.run_dir / "run.json").exists()  # by `elude serve --stop`
+    server.stop(keep_run_dir=not told)
+    if told:
+        return
     raise ServerError(f"TorchServe ended by itself with status {status}; logs in {server.run_dir / 'logs'}")
 
 

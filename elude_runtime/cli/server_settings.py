@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import socket
+from collections.abc import Collection
 from pathlib import Path
 
 from elude_runtime.errors import EludeError, ServerError
@@ -109,14 +110,23 @@ def read_properties(file: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on, all different.
+def named_ports(run_dir: Path) -> set[int]:
+    """Every port that the server's own configuration names."""
+    settings = read_properties(run_dir / "config.properties")
+    values = [value.rpartition(":")[2] for key, value in settings.items() if key in ADDRESSES or key in _OTHER_PORTS]
+    return {int(value) for value in values if value.isdecimal()}
+
+
+def free_ports(count: int, besides: Collection[int] = ()) -> list[int]:
+    """Ports of the loopback interface that nobody listens on, all different, and none of `besides`.
 
     From below the range that the system hands out to outgoing connections, and by chance, so that two servers that
     start at the same moment do not choose the same.
     """
     ports: list[int] = []
     for port in random.SystemRandom().sample(range(20_000, 32_000), 2_000):
+        if port in besides:
+            continue
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -26,7 +26,7 @@ from elude_runtime.cli.server_process import (
     session_members,
     stop_session,
 )
-from elude_runtime.cli.server_settings import ADDRESSES, write_settings
+from elude_runtime.cli.server_settings import ADDRESSES, named_ports, write_settings
 from elude_runtime.errors import EludeError, ServerError
 
 # The path of a Unix domain socket has 107 bytes at most; TorchServe's is TEMP/.ts.sock.12345.
@@ -165,7 +165,8 @@ class Server:
             )
         try:
             if self._exporter is not None:
-                self._exporter.start(self.run_dir / "metrics", self.run_dir / "logs" / "exporter.log", self.pid)
+                metrics, log = self.run_dir / "metrics", self.run_dir / "logs" / "exporter.log"
+                self._exporter.start(metrics, log, self.pid, named_ports(self.run_dir))
             addresses = {"url": self.url, "management_url": self.management_url, "metrics_url": self.metrics_url}
             record = {"pid": self.pid, "started": self._started, **addresses, "models": self.names}
             record["temporary"] = self._temporary

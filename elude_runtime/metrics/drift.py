@@ -89,11 +89,12 @@ def watched(
 
 
 def count_bins(activations: Tensor, edges: Tensor) -> NDArray[np.int64]:
-    """activations [B, T_p, F] of B images, edges [F, 11] -> images by bin of their peak, [F, 12]."""
+    """activations [B, T_p, F] of B images, edges [F, 11] -> images by bin of their peak, [F, 12]; those whose peak is
+    not finite are not counted."""
     values = peak(activations.float()).values.cpu().T.contiguous()  # [F, B]
     bins = torch.searchsorted(edges, values)
     place = torch.arange(len(edges))[:, None] * BINS + bins
-    return torch.bincount(place.flatten(), minlength=len(edges) * BINS).view(-1, BINS).numpy()
+    return torch.bincount(place[values.isfinite()], minlength=len(edges) * BINS).view(-1, BINS).numpy()
 
 
 def stability_index(counts: NDArray[np.int64]) -> float:

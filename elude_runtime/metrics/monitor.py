@@ -36,26 +36,29 @@ class Monitor:
             return
         try:
             self.metrics = WorkerMetrics(folder, engine.info.name)
+            self._tell_what_is_served(self.metrics)
+            self.drift = self._watch(self.metrics)
+            engine.watch = self.drift
         except StorageError as error:
             logger.error("%s The worker goes on without these metrics.", error)
-            return
-        self._tell_what_is_served(self.metrics)
-        self.drift = self._watch(self.metrics)
-        engine.watch = self.drift
+        except Exception:  # a damaged file of an earlier worker, say
+            self.metrics = None
+            logger.exception("metrics could not be set up; the worker goes on without them")
 
     def saw(self, rows: Sequence[Row], replies: Sequence[Answered | None]) -> list[Sample]:
         """A batch and its replies, None for a row over which the engine failed. Gives what the server's own metrics
         port is to carry, as (metric, amount, labels)."""
-        batch = [_of(row, reply) for row, reply in zip(rows, replies, strict=True)]
         try:
+            batch = [_of(row, reply) for row, reply in zip(rows, replies, strict=True)]
             if self.metrics is not None:
                 self.metrics.saw(batch)
             if self._engine.config.log_requests:
                 for row, seen in zip(rows, batch, strict=True):
                     log_request(seen, row.request_id, row.traceparent, self._model)
+            return list(_samples(batch))
         except Exception:
             logger.exception("metrics of a batch failed")
-        return list(_samples(batch))
+            return []
 
     def close(self) -> None:
         if self.drift is not None:

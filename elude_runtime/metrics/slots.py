@@ -8,6 +8,7 @@ container, which does not see the worker's process, still sees the lock.
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from elude_runtime.errors import StorageError
 
 _LOCK = re.compile(r"(\d+)\.lock")
 _MOST = 1024
+_FILES = ("counter", "histogram", "gauge_livesum", "gauge_livemax", "gauge_liveall")
+_RESERVED = 2**20  # bytes; 256 features on drift take 500 kB
 
 
 class Slot:
@@ -29,12 +32,21 @@ class Slot:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self.number, self._file = _take(directory)
+            forget(directory, self.number)  # gauges of a worker that was killed here
+            _reserve(directory, self.number)
         except OSError as error:
             raise StorageError(f"{directory} cannot hold metrics: {error.strerror or error}.") from error
-        forget(directory, self.number)  # gauges of a worker that was killed here
 
     def release(self) -> None:
         self._file.close()
+
+
+def _reserve(directory: Path, number: int) -> None:
+    """Room on the disk for the slot's files. prometheus-client maps files with holes into memory, and to write into a
+    hole of a full disk ends the process. OSError where there is no room."""
+    for name in _FILES:
+        with (directory / f"{name}_{number}.db").open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, max(_RESERVED, file.tell()))
 
 
 def _take(directory: Path) -> tuple[int, IO[str]]:
@@ -60,7 +72,10 @@ def forget_dead(directory: Path) -> None:
 
 
 def wipe(directory: Path) -> None:
-    """All that workers which are gone left in the folder, counters too."""
+    """All that workers which are gone left in the folder, counters too; nothing while any lives, for a total that falls
+    looks to Prometheus like a restart of all."""
+    if len(list(_without_worker(directory))) < len(list(directory.glob("*.lock"))):
+        return
     for number in _without_worker(directory):
         for path in directory.glob(f"*_{number}.db"):
             path.unlink(missing_ok=True)

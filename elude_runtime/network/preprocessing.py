@@ -179,8 +179,10 @@ def decode_image(
 
 
 def announced_pixels(data: bytes, formats: tuple[str, ...] = OFFLINE_FORMATS) -> int:
-    """How many pixels an image says that it has, none of them decoded; 0 where it is no image."""
+    """How many pixels an image says that it has, none of them decoded; 0 where it is no image, or one that would take
+    too long to open (`check_cost`)."""
     try:
+        check_cost(data)
         with Image.open(io.BytesIO(data), formats=formats) as image:
             return image.width * image.height
     except Exception:  # Pillow's parsers raise anything over damaged bytes

@@ -83,12 +83,10 @@ class TestWorkerKilledInMidBatch:
         with stopped_worker(server) as pid, ThreadPoolExecutor(len(asked)) as pool:
             found = [pool.submit(_answer, server, one) for one in asked]
             until(lambda: queued(server) >= 4)
-            time.sleep(0.2)  # all have arrived: the rest is with the worker
-            waiting = queued(server)
             os.kill(pid, signal.SIGKILL)
             answers = [one.result() for one in found]
         lost = [answer for answer in answers if answer.status_code != 200]
-        assert len(lost) == len(asked) - waiting > 0
+        assert 0 < len(lost) <= BATCH
         for answer in lost:
             said = answer.json()
             assert answer.status_code in (500, 507)

@@ -132,6 +132,11 @@ def test_bins_exactly() -> None:
     np.testing.assert_array_equal(count_bins(values, edges), expected)
 
 
+def test_what_is_not_finite_is_in_no_bin() -> None:
+    values = torch.tensor([[[0.5]], [[float("nan")]], [[float("inf")]]])
+    assert count_bins(values, torch.linspace(-1, 1, 11)[None]).sum() == 1
+
+
 def test_the_catalogue_has_the_quantiles_of_peaks(
     folder: Path, model: EludeModel, catalogue: FeatureCatalogue, known: torch.Tensor
 ) -> None:

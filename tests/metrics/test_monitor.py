@@ -68,6 +68,39 @@ def test_kinds_statuses_problems_and_bytes(opened: Opened) -> None:
     assert {"decode", "forward", "steer", "explain", "explain_steered"} <= seen.stages.keys()
 
 
+def test_the_log_has_the_clients_id_of_what_was_refused_too(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    engine, monitor = opened()
+    documents: list[dict] = [
+        {"id": "unread", "steer": {"edits": [{"feature": "nonsense", "mode": "ablate"}]}},
+        {"id": "wrong", "nonsense": 1}, {"id": "not safe\n", "nonsense": 1}, {"id": 7},
+    ]  # fmt: skip
+    rows = [row(document) for document in documents]
+    rows += [row(body=b'{"op": "features", "id": "looked"}', kind="application/json")]
+    rows += [row(body=b'{"op": "features", "id": "astray", "layer": "x"}', kind="application/json")]
+    with caplog.at_level(logging.INFO, "elude_runtime.requests"):
+        monitor.saw(rows, engine.answer(rows))
+    told = [(r.fields.get("id"), r.fields["status"]) for r in caplog.records if r.name.endswith("requests")]
+    assert told == [("unread", 422), ("wrong", 422), (None, 422), (None, 422), ("looked", 200), ("astray", 422)]
+
+
+def test_all_rows_of_a_batch_wait_for_its_last(opened: Opened) -> None:
+    """TorchServe sends a batch's replies together."""
+    engine, _ = opened()
+    replies = engine.answer([row(), row(body=b'{"op": "describe"}', kind="application/json"), row(body=b"junk")])
+    assert len({reply.seen.seconds for reply in replies if reply.seen}) == 1
+
+
+def test_an_answer_that_was_not_given_counts_no_edits(opened: Opened) -> None:
+    engine, _ = opened(max_response_bytes=10_000)
+    layer = engine.model.layers[0]
+    wish = {"top_features": 20, "heatmaps": "values", "level": "subunits"}
+    (reply,) = engine.answer(
+        [row({"explain": wish, "steer": {"edits": [{"feature": f"{layer}/P0", "mode": "ablate"}]}})]
+    )
+    assert reply.problem == "response-too-large" and reply.seen is not None
+    assert (reply.seen.kind, reply.seen.edits, reply.seen.completeness) == ("explain_steer", 0, ())
+
+
 def test_problems_inside_a_kserve_reply_are_counted(opened: Opened) -> None:
     engine, monitor = opened()
     document = {"instances": [{"image": {"b64": "AAAA"}}, {"image": {"b64": "%"}}]}
@@ -119,8 +152,7 @@ def test_metrics_that_fail_cost_no_answer(opened: Opened, tmp_path: Path, caplog
     try:
         assert monitor.metrics is not None
         monitor.metrics.saw = lambda batch: 1 / 0  # type: ignore[method-assign, assignment]
-        samples = monitor.saw([row()], engine.answer([row()]))
-        assert samples and "metrics of a batch failed" in caplog.text
+        assert monitor.saw([row()], engine.answer([row()])) == [] and "metrics of a batch failed" in caplog.text
     finally:
         monitor.close()
 

@@ -16,7 +16,7 @@ from elude_runtime.metrics.declared import DECLARED, of_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yml"
-_METRIC = re.compile(r"\b(?:elude|ts|Requests|Worker|Queue)[A-Za-z_]*(?::[a-z0-9_]+)*")
+_METRIC = re.compile(r"\b(?:elude|ts|Requests|Worker|Queue)[A-Za-z_0-9]*(?::[a-z0-9_]+)*")
 _OWN = {"elude-torchserve", "elude-exporter"}  # job names
 
 needs_promtool = pytest.mark.skipif(

@@ -103,10 +103,27 @@ def test_totals_outlive_the_workers_and_gauges_do_not(tmp_path: Path, workers: l
 def test_a_new_exporter_wipes_what_the_dead_left_and_keeps_the_living(tmp_path: Path, workers: list[Worker]) -> None:
     workers += [Worker(tmp_path), Worker(tmp_path)]
     workers[0].kill()
-    with exporting(tmp_path, "127.0.0.1", 0) as port:
+    with exporting(tmp_path, "127.0.0.1", 0) as port:  # a total must not fall under Prometheus' eyes
         seen = scrape(port)
-        assert seen["elude_edits_total"] == 2 and seen["elude_workers"] == 1
-    assert {path.name.partition("_")[2] for path in tmp_path.glob("counter_*.db")} == {"1.db"}
+        assert seen["elude_edits_total"] == 4 and seen["elude_workers"] == 1
+    workers[1].kill()
+    with exporting(tmp_path, "127.0.0.1", 0) as port:
+        assert scrape(port) == {}
+    assert not list(tmp_path.glob("*.db"))
+
+
+def test_a_disk_without_room_costs_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are reserved: to write into a hole of a mapped file on a full disk would end the worker."""
+    Slot(tmp_path / "room").release()
+    files = list((tmp_path / "room").glob("*.db"))
+    assert len(files) == 5 and all(path.stat().st_blocks * 512 >= 2**20 for path in files)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="No space left"):
+        Slot(tmp_path / "full")
 
 
 def test_an_address_that_is_taken(tmp_path: Path) -> None:

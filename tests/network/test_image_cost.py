@@ -87,6 +87,7 @@ def test_costly_files_are_refused_before_a_decoder_sees_them(name: str, monkeypa
     data = COSTLY[name]()
     assert len(data) <= MEGABYTES
     monkeypatch.setattr(preprocessing.Image, "open", decoder)
+    assert preprocessing.announced_pixels(data) == 0  # what decides whether images go side by side
     with pytest.raises(ImagesError, match=r"^The (JPEG|PNG) has more than \d+ [a-z ]+, which .*; save it anew\.$"):
         decode_image(data, formats=SERVED_FORMATS)
 
