@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from elude_runtime.api.precision import Autocast
 from elude_runtime.api.schema.request import Policy
 from elude_runtime.errors import EludeError
 
@@ -33,6 +32,7 @@ def _switched_on(value: Any) -> bool:
         return False
 
 
+Autocast = Literal["bfloat16", "float16"]
 Names = Annotated[list[str], BeforeValidator(_listed)]
 
 

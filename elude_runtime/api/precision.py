@@ -7,15 +7,17 @@ is computed beside the network (sub-unit sums, edits, attributions' sums) is in 
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from elude_runtime.errors import SettingsError
 
+if TYPE_CHECKING:
+    from elude_runtime.api.config import Autocast
+
 logger = logging.getLogger(__name__)
-Autocast = Literal["bfloat16", "float16"]
 
 
 def set_tf32(allowed: bool) -> None:

@@ -216,7 +216,7 @@ class TestPolicies:
         assert reply.answer.policies == [policy.name]
         lines = [
             line
-            for log in served.server.run_dir.rglob("*.log")
+            for log in served.server.run_dir.rglob("worker.jsonl")
             for line in log.read_text(errors="replace").splitlines()
             if "policy no-patches" in line
         ]
