@@ -84,12 +84,14 @@ def archive(
     with Console(stderr=True).status(f"Packing {model}"):
         path = build_archive(checkpoint, out, name=model, version=version, config=config, force=force)
     size, digest = path.stat().st_size, archive_sha256(path)
+    served = read_manifest(checkpoint).checkpoint_sha256
     if as_json:
         facts = {"archive": str(path), "name": model, "version": version, "bytes": size, "sha256": digest}
+        facts["checkpoint_sha256"] = served
         print(json.dumps(facts))
     else:
         print(f"{path}  ({size / 1e6:.1f} MB, model {model}, version {version})")
-        print(f"sha256 {digest}")
+        print(f"sha256 {digest}, of its checkpoint {served}")
         print(f"Serve it: elude serve --model-store {out} --models {path.name} --foreground")
 
 

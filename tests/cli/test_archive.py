@@ -22,7 +22,7 @@ import yaml
 pytest.importorskip("model_archiver")
 from elude_runtime import package_files
 from elude_runtime.api.config import ServingConfig
-from elude_runtime.checkpoint.manifest import Calibration, Manifest, ModelSource
+from elude_runtime.checkpoint.manifest import Calibration, Manifest, ModelSource, read_manifest
 from elude_runtime.cli.archive import archive, build_archive, default_name
 from elude_runtime.cli.server_settings import read_properties
 from elude_runtime.errors import CheckpointError, EludeError, StorageError
@@ -267,6 +267,7 @@ def test_the_command_prints_one_json_document(
     assert printed == {
         "archive": str(made), "name": "vit_tiny_patch16-augreg", "version": "1.0", "bytes": made.stat().st_size,
         "sha256": hashlib.sha256(made.read_bytes()).hexdigest(),
+        "checkpoint_sha256": read_manifest(checkpoint).checkpoint_sha256,
     }  # fmt: skip
     with pytest.raises(CheckpointError, match="elude rewrite"):
         archive(tmp_path / "nothing")
