@@ -1,7 +1,8 @@
 """Every metric of a worker, declared once: name, labels, buckets, and the port that carries it.
 
-TorchServe's port takes counters and times in seconds (its buckets are fixed at 0.005 … 10). What has units or buckets
-of its own, is more than a sum over workers, or has a label for every feature goes through the exporter.
+TorchServe's port takes counters and times in seconds (its buckets are fixed at 0.005 … 10), a line of the worker's
+output for each, which the front end parses. What has units or buckets of its own, is more than a sum over workers, or
+has a label for every feature goes through the exporter, and so does what need not cost such a line.
 """
 
 from __future__ import annotations
@@ -44,8 +45,6 @@ DECLARED = {
             "elude_problems_total", "counter", "torchserve",
             "Problem documents by type, those inside KServe replies too.", ("type",),
         ),
-        Declared("elude_received_bytes_total", "counter", "torchserve", "Bytes of request bodies."),
-        Declared("elude_sent_bytes_total", "counter", "torchserve", "Bytes of reply bodies."),
         # the exporter
         Declared("elude_workers", "gauge", "exporter", "Living workers.", mode="livesum"),
         Declared("elude_worker_starts_total", "counter", "exporter", "Workers that were started."),
@@ -65,6 +64,7 @@ DECLARED = {
             ("policy",),
         ),
         Declared("elude_edits_total", "counter", "exporter", "Edits and vectors of requests that were answered."),
+        Declared("elude_received_bytes_total", "counter", "exporter", "Bytes of request bodies."),
         Declared(
             "elude_batch_rows", "histogram", "exporter", "Requests of a batch.",
             buckets=(1, 2, 4, 8, 16, 32, 64),

@@ -147,7 +147,5 @@ def _samples(batch: Sequence[Seen]) -> Iterator[Sample]:
         count("elude_rows_total", 1, seen.kind, str(seen.status))
         for problem in seen.problems:
             count("elude_problems_total", 1, problem)
-        count("elude_received_bytes_total", seen.received)
-        count("elude_sent_bytes_total", seen.sent)
     for (name, labels), amount in counts.items():
         yield name, amount, list(labels)

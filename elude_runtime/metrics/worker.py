@@ -57,6 +57,7 @@ class WorkerMetrics:
         self._measure_memory()
         self.add("elude_batch_rows", len(rows))
         self.add("elude_batch_work", sum(row.work for row in rows))
+        self.add("elude_received_bytes_total", sum(row.received for row in rows))
         for stage, seconds in _stages(rows).items():
             self.add("elude_stage_seconds", seconds, stage=stage)
         for row in rows:

@@ -293,16 +293,16 @@ def test_samples_go_out_as_torchserves_metrics(handler: Any, caplog: pytest.LogC
     handler._monitor.samples = [
         ("elude_request_seconds", 1e-5, ["predict"]),
         ("elude_rows_total", 3, ["predict", "200"]),
-        ("elude_sent_bytes_total", 12345678.0, []),
+        ("elude_problems_total", 12345678.0, ["overloaded"]),
         ("not_declared", 1, []),
     ]
     with caplog.at_level(logging.INFO, logger="ts.metrics"):
         run(handler, [body(), body()])
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("ts.metrics")]
-    assert [line.partition("|#type")[0] for line in lines if "elude" in line or "not_declared" in line] == [
+    assert [line.rpartition("|#type")[0] for line in lines if "elude" in line or "not_declared" in line] == [
         "[METRICS]elude_request_seconds.Seconds:0.000010|#kind:predict,ModelName:vit,Level:Model",
         "[METRICS]elude_rows_total.Count:3.000000|#kind:predict,status:200,ModelName:vit,Level:Model",
-        "[METRICS]elude_sent_bytes_total.Bytes:12345678.000000|#ModelName:vit,Level:Model",
+        "[METRICS]elude_problems_total.Count:12345678.000000|#type:overloaded,ModelName:vit,Level:Model",
     ]
 
 

@@ -28,9 +28,9 @@ assert "torch" not in sys.modules
 made = WorkerMetrics(Path(sys.argv[1]), "m")
 made.set("elude_model_info", 1, version="1.0", checkpoint_sha256=sys.argv[2], base_sha256="b")
 seen = SimpleNamespace(kind="explain", edits=2, policies=("p",), completeness=(("l", "gradient", 0.03),), sent=500,
-                       stages={"decode": 0.002, "forward": 0.02}, work=3.0)
+                       stages={"decode": 0.002, "forward": 0.02}, work=3.0, received=70)
 plain = SimpleNamespace(kind="predict", edits=0, policies=(), completeness=(), sent=100,
-                        stages={"decode": 0.002, "forward": 0.02}, work=0.0)
+                        stages={"decode": 0.002, "forward": 0.02}, work=0.0, received=30)
 made.saw([seen, plain])
 print(made._slot.number, flush=True)
 sys.stdin.read()
@@ -82,7 +82,7 @@ def test_totals_outlive_the_workers_and_gauges_do_not(tmp_path: Path, workers: l
         assert seen["elude_completeness_error_bucket{layer=l,le=0.05,method=gradient}"] == 2
         assert seen["elude_stage_seconds_sum{stage=decode}"] == pytest.approx(2 * 2 * 0.002)  # images one by one
         assert seen["elude_stage_seconds_sum{stage=forward}"] == pytest.approx(2 * 0.02)  # once for the batch
-        assert seen["elude_reply_bytes_sum{kind=explain}"] == 1000
+        assert seen["elude_reply_bytes_sum{kind=explain}"] == 1000 and seen["elude_received_bytes_total"] == 200
         assert seen["elude_worker_memory_bytes{pid=0}"] > 1e6
 
         workers[0].kill()
