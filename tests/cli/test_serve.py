@@ -30,7 +30,7 @@ from model_archiver.model_archiver_config import ModelArchiverConfig
 from elude_runtime.cli import server_process
 from elude_runtime.cli.drain import drain
 from elude_runtime.cli.health import DRAINING, health, model_names, not_ready
-from elude_runtime.cli.serve import serve
+from elude_runtime.cli.serve import _stay, serve
 from elude_runtime.cli.server_process import find_cause, require_programs, session_members
 from elude_runtime.cli.server_settings import ADDRESSES, free_ports, read_properties, write_settings
 from elude_runtime.cli.torchserve import Server
@@ -297,6 +297,36 @@ def test_health_says_when_nobody_answers(capsys: pytest.CaptureFixture[str]) -> 
         assert stopped.value.exit_code == 1
         said = json.loads(capsys.readouterr().out)
         assert said["ok"] is False and "does not answer" in said["reason"]
+
+
+class Ended:
+    """A server in the foreground whose process ended."""
+
+    names, url, management_url, metrics_url, exporter_url, pid = ["m"], "u", "m", "n", None, 1
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def token(self) -> None:
+        return None
+
+    def wait(self) -> int:
+        return 0
+
+    def stop(self, keep_run_dir: bool = False) -> None:
+        self.kept = keep_run_dir
+
+
+def test_a_server_in_the_foreground_that_another_command_stopped(tmp_path: Path) -> None:
+    """`elude serve --stop` is no failure of it; an end by itself is."""
+    stopped = Ended(tmp_path)  # run.json is gone, as that command leaves it
+    _stay(stopped, False, 1.0)  # type: ignore[arg-type]
+    assert stopped.kept is False
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ServerError, match="ended by itself"):
+        _stay(Ended(tmp_path), False, 1.0)  # type: ignore[arg-type]
+    (tmp_path / DRAINING).touch()
+    _stay(Ended(tmp_path), False, 1.0)  # type: ignore[arg-type]
 
 
 # --- with a server ---
