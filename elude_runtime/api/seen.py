@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from elude_runtime.api.batch import Job
 from elude_runtime.api.work import count_changes
@@ -53,14 +53,12 @@ def seen_jobs(jobs: Sequence[Job], seen: Seen, *, answered: bool) -> Seen:
     for job in jobs:
         for stage, milliseconds in job.timing.items():
             stages[stage] = max(stages.get(stage, 0.0), milliseconds / 1000)  # what its images have in common
-    return Seen(
+    return replace(
+        seen,
         kind=kind_of(jobs),
-        status=seen.status,
-        seconds=seen.seconds,
         identity=jobs[0].identity,
         images=len(jobs),
         work=sum(job.work for job in jobs),
-        problems=seen.problems,
         edits=sum(count_changes(steer) for steer in steers if steer is not None),
         policies=tuple(dict.fromkeys(rule.name for job in done for rule in job.rules)),
         completeness=tuple(
@@ -71,6 +69,4 @@ def seen_jobs(jobs: Sequence[Job], seen: Seen, *, answered: bool) -> Seen:
             if layer.completeness_error is not None
         ),
         stages=stages,
-        received=seen.received,
-        sent=seen.sent,
     )

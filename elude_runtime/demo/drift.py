@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elude_runtime.analysis.features import Feature
 from elude_runtime.analysis.model import EludeModel, load
 from elude_runtime.checkpoint.catalogue import read_catalogue
 from elude_runtime.demo.images import Sample, make_twins
@@ -47,9 +46,10 @@ def drift_figures(folder: Path, pictures: int) -> dict[str, Any]:
 def _indices(model: EludeModel, groups: list[Watched], images: Tensor, chance: float) -> dict[str, Any]:
     """Of all watched concepts, the index, and above chance those that moved most."""
     found: dict[str, float] = {}
+    recording = model.record(images)
     for group in groups:
         state = model.state(group.features[0].layer)
-        activations = state.feature_activations(_layer_input(model, images, state.name), group.features).detach()
+        activations = state.feature_activations(recording.x[state.name], group.features).detach()
         for feature, counts in zip(group.features, count_bins(activations, group.edges), strict=True):
             found[feature.name] = stability_index(counts)
     most = sorted(found, key=lambda name: -found[name])[:4]
@@ -66,15 +66,7 @@ def _changed(model: EludeModel, without: Tensor, marked: Tensor) -> dict[str, fl
     for layer in model.layers:
         moved = (model.concepts(marked, layer) - model.concepts(without, layer)).abs().amax(1).mean(0)
         found |= dict(zip(model.concept_names(layer), moved.tolist(), strict=True))
-    return {name: value for name, value in found.items() if _numbered(model.feature(name))}
-
-
-def _numbered(feature: Feature) -> bool:
-    return feature.index is not None
-
-
-def _layer_input(model: EludeModel, images: Tensor, layer: str) -> Tensor:
-    return model.record(images, [layer]).x[layer]
+    return {name: value for name, value in found.items() if model.feature(name).index is not None}
 
 
 def _inputs(model: EludeModel, samples: list[Sample]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,18 +38,18 @@ class WorkerMetrics:
 
     def add(self, name: str, amount: float, **labels: str) -> None:
         """Count up, or observe where the metric is a histogram."""
-        metric = self._metrics[name].labels(self._model, *_ordered(name, labels))
+        metric = self.series(name, **labels)
         if DECLARED[name].kind == "histogram":
             metric.observe(amount)
         else:
             metric.inc(amount)
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        self._metrics[name].labels(self._model, *_ordered(name, labels)).set(value)
+        self.series(name, **labels).set(value)
 
     def series(self, name: str, **labels: str) -> Any:
         """One series of a metric, for those that count into many of them often."""
-        return self._metrics[name].labels(self._model, *_ordered(name, labels))
+        return self._metrics[name].labels(self._model, *(labels[label] for label in DECLARED[name].labels))
 
     def saw(self, batch: Iterable[Seen]) -> None:
         """One batch's rows."""
@@ -96,7 +96,3 @@ def _made(metric: Declared, registry: CollectorRegistry) -> Any:
         options["multiprocess_mode"] = metric.mode
     name = metric.name.removesuffix("_total") if metric.kind == "counter" else metric.name
     return _MAKERS[metric.kind](name, metric.help, ("model", *metric.labels), **options)
-
-
-def _ordered(name: str, labels: Mapping[str, str]) -> list[str]:
-    return [labels[label] for label in DECLARED[name].labels]

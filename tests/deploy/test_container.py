@@ -12,14 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from demo_archive import demo_archive
 from deploy_files import DEPLOY, check_call, container, dockerfile, exec_form, load
 from sandbox import OUTSIDE, REPOSITORY, Sandbox, require_namespaces
 
 pytest.importorskip("ts")
-from elude_runtime.cli.archive import build_archive
-from elude_runtime.demo.images import make_set, write_folder
-from elude_runtime.demo.model import load_demo_model
-from elude_runtime.demo.rewrite import rewrite_demo
 
 pytestmark = pytest.mark.server
 
@@ -41,11 +38,7 @@ except OSError as error:
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demonstration network, calibrated on a handful of pictures; beside it a picture to ask about."""
-    folder = tmp_path_factory.mktemp("archive")
-    model, config = load_demo_model()
-    write_folder(folder / "images", make_set(24, seed=1))
-    rewrite_demo(model, config, folder / "images", folder / "ckpt")
-    return build_archive(folder / "ckpt", folder / "store", name="demo")
+    return demo_archive(tmp_path_factory.mktemp("archive"))
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+from demo_archive import demo_archive
 from deploy_files import DEPLOY, check_call, load
 
 pytest.importorskip("ts")
-from elude_runtime.cli.archive import build_archive
 from elude_runtime.cli.server_settings import free_ports
 from elude_runtime.cli.torchserve import Server
-from elude_runtime.demo.images import make_set, write_folder
-from elude_runtime.demo.model import load_demo_model
-from elude_runtime.demo.rewrite import rewrite_demo
 
 pytestmark = pytest.mark.server
 LONG = 5.0
@@ -31,10 +28,7 @@ LONG = 5.0
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demonstration network's archive in `store`, and its pictures."""
     folder = tmp_path_factory.mktemp("pool")
-    model, config = load_demo_model()
-    write_folder(folder / "images", make_set(24, seed=1))
-    rewrite_demo(model, config, folder / "images", folder / "ckpt")
-    build_archive(folder / "ckpt", folder / "store", name="demo")
+    demo_archive(folder)
     return folder
 
 
