@@ -44,6 +44,7 @@ class ServingConfig(BaseModel):
 
     device: str = Field("auto", description="torch device; auto: the GPU that the server assigned, else cpu")
     threads: int | None = Field(None, ge=1, description="torch threads of a worker; default: torch's own choice")
+    keep_memory_bytes: int = Field(268_435_456, ge=0, lt=2**31, description="freed memory kept for the next batch")
     tf32: bool = Field(False, description="TF32 in matrix products and convolutions, on GPUs that have it")
     autocast: Autocast | None = Field(None, description="forward passes in this type where torch's autocast allows it")
     trust_factory: bool = Field(False, description="run the model factory that a checkpoint carries")

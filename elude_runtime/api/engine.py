@@ -27,6 +27,7 @@ from elude_runtime.api.decoding import DecodePool
 from elude_runtime.api.documents import ReplyDocuments
 from elude_runtime.api.intake import Body, ImageReader, Picture, Question, Row, read_body, read_question, validated
 from elude_runtime.api.kserve import is_kserve, open_envelope
+from elude_runtime.api.memory import keep_freed
 from elude_runtime.api.policies import PolicyBook
 from elude_runtime.api.precision import run_under_autocast, set_tf32
 from elude_runtime.api.problems import Problem, at
@@ -100,6 +101,7 @@ class Engine:
         """Load a checkpoint for serving. Raises EludeError with one sentence."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        keep_freed(config.keep_memory_bytes)
         set_tf32(config.tf32)
         device = "cpu" if config.device == "auto" else config.device
         model = load(checkpoint, device, trust_factory=config.trust_factory)
