@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from elude_runtime.network.tokens import TokenLayout
 from elude_runtime.partition import REST_CONCEPT, REST_EDGE, Partition
 from elude_runtime.partition.sign_split import compact
 
+needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
 CLASSES = 7
 LABELS = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 VIT = "vit_tiny_patch16_224"

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -111,17 +111,28 @@ def internal_error() -> Problem:
 class Watch(Protocol):
     """Looks on at forward passes: the drift of features."""
 
-    def looking(self, images: int) -> AbstractContextManager[None]:
-        """A pass of so many images runs inside the block."""
+    def sampled(self, images: int) -> list[int]:
+        """Those of a batch's images that are to be looked at."""
+        ...
+
+    def looking(self, rows: list[int], images: int) -> AbstractContextManager[None]:
+        """A pass of so many images runs inside the block; rows: of these, those to look at."""
         ...
 
 
-def run_batch(model: EludeModel, targets: TargetReader, jobs: Sequence[Job], watch: Watch | None = None) -> None:
-    """Answer all jobs; the results stand on them. Those of one layer share tails."""
-    with _timed(jobs, "forward"), watch.looking(len(jobs)) if watch else nullcontext():
-        recording = _forward(model, jobs)
-    for job in jobs:
-        job.output = recording.logits[job.row]
+def run_batch(
+    model: EludeModel,
+    targets: TargetReader,
+    jobs: Sequence[Job],
+    watch: Watch | None = None,
+    compiled: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Answer all jobs; the results stand on them. Those of one layer share tails. compiled: gives the predictions of
+    all rows, whatever else is asked; rows of which more is needed then run through the network as well."""
+    with _timed(jobs, "forward"):
+        outputs, recording = _forward(model, jobs, watch, compiled)
+    for job, output in zip(jobs, outputs, strict=True):
+        job.output = output
         if not bool(torch.isfinite(job.output).all()):
             detail = "The model's output for this image is not finite; the image may be extreme."
             job.problem = Problem("non-finite-output", detail)
@@ -172,13 +183,33 @@ def milliseconds(since: float) -> float:
     return math.floor((time.perf_counter() - since) * 1e5) / 100
 
 
-def _forward(model: EludeModel, jobs: Sequence[Job]) -> Recording:
-    """One pass for all; what tails need is kept for the layers that any job asks for."""
+def _forward(
+    model: EludeModel, jobs: Sequence[Job], watch: Watch | None, compiled: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Recording]:
+    """Outputs [B, ...] of all jobs, and a recorded pass; `row` of each job is its place in that, -1 for none."""
     parameter = next(model.base.parameters())
     images = torch.stack([job.question.picture.tensor for job in jobs]).to(parameter.device, parameter.dtype)
-    needed = {layer for job in jobs for layer in job.layers}
+    sampled = watch.sampled(len(jobs)) if watch else []
+    rows = list(range(len(jobs)))
+    outputs = compiled(images) if compiled else None
+    if outputs is not None:
+        rows = [row for row, job in enumerate(jobs) if job.layers or row in sampled]
+    places = {row: place for place, row in enumerate(rows)}
     for row, job in enumerate(jobs):
-        job.row = row
+        job.row = places.get(row, -1)
+    if outputs is not None and not rows:
+        return outputs, Recording(images[:0], outputs[:0])
+    chosen = images if len(rows) == len(jobs) else images[rows]
+    with watch.looking([places[row] for row in sampled], len(rows)) if watch else nullcontext():
+        recording = _recorded(model, chosen, {layer for job in jobs for layer in job.layers})
+    if outputs is None:
+        return recording.logits, recording
+    # what is told beside a prediction, a change of it say, starts from the prediction that is answered
+    return outputs, replace(recording, logits=outputs[rows])
+
+
+def _recorded(model: EludeModel, images: Tensor, needed: set[str]) -> Recording:
+    """One pass for all; what tails need is kept for the layers that any job asks for."""
     if not needed:  # nothing will be asked of this pass but its answers: the same numbers, with less book-keeping
         with torch.inference_mode():
             return model.record(images, [])

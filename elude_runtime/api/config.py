@@ -47,6 +47,7 @@ class ServingConfig(BaseModel):
     keep_memory_bytes: int = Field(268_435_456, ge=0, lt=2**31, description="freed memory kept for the next batch")
     tf32: bool = Field(False, description="TF32 in matrix products and convolutions, on GPUs that have it")
     autocast: Autocast | None = Field(None, description="forward passes in this type where torch's autocast allows it")
+    compile: bool = Field(False, description="predictions by torch.compile; a start takes minutes longer")
     trust_factory: bool = Field(False, description="run the model factory that a checkpoint carries")
     expected_checkpoint_sha256: str | None = Field(None, description="refuse to serve any other checkpoint")
     policies: dict[str, Policy] = Field(default_factory=dict, description="policies beside the checkpoint's own")

@@ -54,6 +54,7 @@ from elude_runtime.checkpoint.catalogue import FeatureCatalogue, read_catalogue
 from elude_runtime.checkpoint.policies import read_policies
 from elude_runtime.checkpoint.vectors import StoredVector, read_vectors
 from elude_runtime.errors import CheckpointError, FeatureError, closest
+from elude_runtime.network.compiled import CompiledNetwork
 from elude_runtime.network.served_transform import served_transform
 
 __all__ = ["Answered", "Engine", "Row"]
@@ -93,6 +94,8 @@ class Engine:
         self.targets = TargetReader(manifest.labels, model.tails.output_size, classes=classes)
         self.policies = PolicyBook(model, config, policies or {}, self.vectors)
         self.documents = ReplyDocuments(model.data_config, self.info, self.writer, self.policies)
+        # last: whatever is wrong with the checkpoint or the settings is told before minutes go by
+        self.compiled = CompiledNetwork(model.base, model.data_config.input_size) if config.compile else None
         self.watch: Watch | None = None
         """Looks on at forward passes, where somebody put it here."""
 
@@ -136,7 +139,8 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """Layers, feature counts, data configuration, digests, limits, policies, threads, and the JSON schemas."""
-        made = operations.describe(self.model, self.config, self.info, self.shares, self.policies, self.vectors)
+        apart = self.compiled.difference if self.compiled else None
+        made = operations.describe(self.model, self.config, self.info, self.shares, self.policies, self.vectors, apart)
         return made.model_dump(mode="json")
 
     def answer(self, rows: Sequence[Row]) -> list[Answered]:
@@ -152,7 +156,7 @@ class Engine:
                 read[n] = answered_problem(overloaded())
         running = [job for asked in read if isinstance(asked, Asked) for job in asked.jobs]
         if running:
-            run_batch(self.model, self.targets, running, self.watch)
+            run_batch(self.model, self.targets, running, self.watch, self.compiled)
         answered = []
         for row, asked in zip(rows, read, strict=True):
             if isinstance(asked, Operation):
@@ -285,6 +289,8 @@ class Engine:
         if request.explain is not None:
             passes = explain_work(request.explain, explained, self.shares)
             work += passes + (passes + 1 if edited else 0)  # the steered answer is explained too, from its own pass
+        if self.compiled and (work or request.activations is not None):
+            work += 1  # the pass through the network itself, beside the compiled one
         return work
 
     def _expected(self, expect: Expect | None) -> None:

@@ -32,8 +32,9 @@ def describe(
     shares: dict[str, float],
     policies: PolicyBook,
     vectors: dict[str, StoredVector],
+    compiled_difference: float | None,
 ) -> wire.Description:
-    """shares: tail_share of every split layer."""
+    """shares: tail_share of every split layer; compiled_difference: None where nothing is compiled."""
     manifest = model.manifest
     return wire.Description(
         elude_version=elude_runtime.__version__,
@@ -57,7 +58,12 @@ def describe(
         vectors=[wire.VectorInfo(name=v.name, layer=v.layer, auc=v.auc) for v in vectors.values()],
         limits=config.limits(),
         threads=torch.get_num_threads(),
-        precision=wire.PrecisionInfo(tf32=config.tf32, autocast=config.autocast),
+        precision=wire.PrecisionInfo(
+            tf32=config.tf32,
+            autocast=config.autocast,
+            compiled=compiled_difference is not None,
+            compiled_difference=compiled_difference,
+        ),
         problems=list(PROBLEMS),
         openapi=openapi(),
     )

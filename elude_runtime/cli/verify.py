@@ -39,6 +39,9 @@ def verify(
     trust_factory: Annotated[
         bool, typer.Option("--trust-factory", help="Run the code that the checkpoint carries.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compare the outputs under torch.compile too; takes minutes.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Prove that a checkpoint changes nothing, against its base model rebuilt from its own source."""
@@ -71,6 +74,7 @@ def verify(
             limit=max_images,
             device=device,
             trust_factory=trust_factory,
+            compiled=compiled,
             progress=bar,
         )
     if as_json:

@@ -136,11 +136,15 @@ class DriftWatch:
         self._thread = threading.Thread(target=self._work, name="elude-drift", daemon=True)
         self._thread.start()
 
+    def sampled(self, images: int) -> list[int]:
+        """Those of a batch's images that are to be looked at."""
+        return [row for row in range(images) if self._groups and self._random.random() < self._sample]
+
     @contextmanager
-    def looking(self, images: int) -> Iterator[None]:
-        """A forward pass of so many images runs inside the block. Where none is sampled, nothing happens."""
-        rows = [row for row in range(images) if self._random.random() < self._sample]
-        if not rows or not self._groups:
+    def looking(self, rows: list[int], images: int) -> Iterator[None]:
+        """A forward pass of so many images runs inside the block; rows: of these, those to look at. Without any,
+        nothing happens."""
+        if not rows:
             yield
             return
         inputs: dict[str, Tensor] = {}

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
@@ -39,23 +39,13 @@ from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.preprocessing import DataConfig, decode_image, to_input, upright_image
 from elude_runtime.network.tokens import by_image
 from elude_runtime.offline.images import ImageSource, Progress
+from elude_runtime.offline.verify_outputs import Check, check_compiled, check_logits, same_bits
 from elude_runtime.partition import Partition
 from elude_runtime.partition.sums import concept_weight, wide_weight
 
 FLOAT64_BOUND = 1e-12
 # of the neuron's own scale: the float32 inputs of a layer deep in a network move by 1e-5 with batch size and machine
 _MEAN_BOUND = 1e-4
-
-
-@dataclass(frozen=True)
-class Check:
-    """One part of the certificate. holds: None where it could not be checked; figures: numbers as measured; detail: one
-    sentence for a person."""
-
-    name: str
-    holds: bool | None
-    detail: str
-    figures: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +77,7 @@ def verify(
     few: int = 4,
     device: str | torch.device | None = None,
     trust_factory: bool = False,
+    compiled: bool = False,
     write: bool = True,
     progress: Progress | None = None,
 ) -> Verification:
@@ -94,8 +85,9 @@ def verify(
 
     data_config: the base model's preprocessing; images: files as `ImageSource` takes them, or preprocessed images
     [N, 3, H, W]; few: images for the float64 checks; device: where both models run, by default where the base model
-    is. Writes `verification.json` unless told not to. CheckpointError for a checkpoint that cannot be read at all,
-    SettingsError for a device that is not there; what can be read and does not hold is a failed check.
+    is; compiled: the outputs of both under torch.compile are compared too. Writes `verification.json` unless told not
+    to. CheckpointError for a checkpoint that cannot be read at all, SettingsError for a device that is not there, or
+    where nothing can be compiled; what can be read and does not hold is a failed check.
     """
     report = progress or (lambda *_: None)
     with borrowed(base, None if device is None else usable_device(device)):
@@ -127,6 +119,10 @@ def verify(
                 [] if isinstance(images, Tensor) else [check_preprocessing(manifest, data_config, source.encoded(32))]
             )
             checks += logits[1:]
+            if compiled and logits[0].holds:
+                checks.append(check_compiled(rebuilt, base, source, batch_sizes, report))
+            elif compiled:
+                checks.append(Check("compiled", None, "Not compared: the plain outputs differ already."))
     environment = {"torch": torch.__version__, "timm": timm.__version__, "threads": torch.get_num_threads()}
     environment["device"] = str(place)
     result = Verification(manifest.checkpoint_sha256, checks, count, environment)
@@ -139,7 +135,7 @@ def check_tensors(manifest: Manifest, tensors: dict[str, Tensor], own: dict[str,
     """Every base tensor under its own name, with its own dtype and bytes; both digests as the manifest has them."""
     expected = base.state_dict()
     names = sorted(set(tensors) ^ set(expected))
-    changed = [n for n in expected if n in tensors and not _same_bits(tensors[n], expected[n])]
+    changed = [n for n in expected if n in tensors and not same_bits(tensors[n], expected[n])]
     digests = {
         "base_sha256": tensors_sha256(tensors) == manifest.base_sha256,
         "partition_sha256": tensors_sha256(own) == manifest.partition_sha256,
@@ -169,43 +165,6 @@ def check_partition(manifest: Manifest, own: dict[str, Tensor], partitions: dict
     return Check(
         "partition", True, "Every edge is in one sub-unit or rest, every sub-unit in one concept or rest.", figures
     )
-
-
-def check_logits(
-    model: EludeModel, base: nn.Module, source: ImageSource, batch_sizes: tuple[int, ...], report: Progress
-) -> tuple[list[Check], int]:
-    """Bit-equality of the outputs at every batch size, by the path that the server takes; and top-1 agreement."""
-    unequal = dict.fromkeys(batch_sizes, 0)
-    agree = count = 0
-    device = next(base.parameters()).device
-    dtype = next(base.parameters()).dtype
-    with torch.no_grad():
-        for images in source.batches():
-            images = images.to(device, dtype)
-            for size in batch_sizes:
-                for batch in images.split(size):
-                    expected, recorded = base(batch), model.record(batch).logits
-                    unequal[size] += len(batch) if not _same_bits(recorded, expected) else 0
-                    if size == batch_sizes[-1]:
-                        unequal[size] += 0 if _same_bits(model(batch), expected) else len(batch)
-                        agree += int((recorded.argmax(-1) == expected.argmax(-1)).sum())
-            count += len(images)
-            report("outputs", len(images), source.count)
-    bad = {size: n for size, n in unequal.items() if n}
-    figures = {"images": count, "unequal_rows": {str(k): v for k, v in unequal.items()}}
-    sizes = ", ".join(map(str, batch_sizes))
-    detail = f"The outputs of {count} images are bit-equal at batch sizes {sizes}."
-    if bad:
-        detail = (
-            f"{sum(bad.values())} output rows differ from the base model's, at batch sizes {', '.join(map(str, bad))}."
-        )
-    top1 = Check(
-        "top1_agreement",
-        agree == count,
-        f"{agree} of {count} images have the same top class.",
-        {"agreement": agree / count},
-    )
-    return [Check("logits", not bad, detail, figures), top1], count
 
 
 def check_additivity(model: EludeModel, base: nn.Module, images: Tensor) -> Check:
@@ -373,12 +332,3 @@ def _json_numbers(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_json_numbers(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Same dtype, shape and bytes; a NaN equals itself."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if not a.numel():
-        return True
-    return torch.equal(*(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))

@@ -22,6 +22,7 @@ from elude_runtime.errors import SettingsError
 from elude_runtime.network.linear_map import LinearMap
 from elude_runtime.network.preprocessing import decode_image
 
+PLAIN = {"tf32": False, "autocast": None, "compiled": False, "compiled_difference": None}
 FORM = "multipart/form-data"
 IMAGES = [encoded(picture(300 + number)) for number in range(4)]
 EDITS = [
@@ -136,7 +137,7 @@ def test_it_is_said(vit: Rewritten, caplog: pytest.LogCaptureFixture) -> None:
     torch.set_float32_matmul_precision("high")  # as TorchServe's base handler leaves it
     with caplog.at_level(logging.INFO, "elude_runtime.api.precision"):
         engine = Engine.open(vit.path, ServingConfig(autocast="bfloat16"), name="m", version="1")
-    assert engine.describe()["precision"] == {"tf32": False, "autocast": "bfloat16"}
+    assert engine.describe()["precision"] == {**PLAIN, "autocast": "bfloat16"}
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
     assert "TF32 is off" in caplog.text and "autocast to bfloat16" in caplog.text
     caplog.clear()
@@ -145,7 +146,7 @@ def test_it_is_said(vit: Rewritten, caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.text  # nothing was changed
         plain = Engine.open(vit.path, ServingConfig(tf32=True), name="m", version="1")
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
-    assert plain.describe()["precision"] == {"tf32": True, "autocast": None} and "TF32 is on" in caplog.text
+    assert plain.describe()["precision"] == {**PLAIN, "tf32": True} and "TF32 is on" in caplog.text
 
 
 def test_a_copy_keeps_the_policy_and_its_own_weights(vit: Rewritten) -> None:

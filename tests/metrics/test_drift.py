@@ -112,7 +112,7 @@ def test_the_counts_are_numpys_and_the_answers_the_same_bits(model: EludeModel, 
     looks = watch(model, groups, counted)
     for x in batches:
         expected = model.base(x)
-        with looks.looking(len(x)), torch.no_grad():
+        with looks.looking(list(range(len(x))), len(x)), torch.no_grad():
             assert torch.equal(model.record(x, []).logits, expected)
         assert not any(module._forward_pre_hooks for module in model.base.modules())
     looks.close()
@@ -223,7 +223,7 @@ def test_only_a_share_of_the_images_is_looked_at(model: EludeModel, catalogue: F
     x = images(8, 3)
     for _ in range(30):
         for one in (looks, off):
-            with one.looking(len(x)), torch.no_grad():
+            with one.looking(one.sampled(len(x)), len(x)), torch.no_grad():
                 model.record(x, [])
         while looks._queue.qsize():
             time.sleep(0.001)
@@ -247,7 +247,7 @@ def test_a_slow_count_drops_and_never_waits(model: EludeModel, catalogue: Featur
     looks._look = held  # type: ignore[method-assign]
     x = images(1, 4)
     for number in range(12):
-        with looks.looking(1), torch.no_grad():
+        with looks.looking([0], 1), torch.no_grad():
             model.record(x, [])
         if number == 0:
             assert begun.wait(10)  # one is being looked at, eight may wait
@@ -265,7 +265,7 @@ def test_a_layer_that_cannot_be_looked_at_costs_no_answer(
     counted = Counted()
     looks = watch(model, groups, counted)
     x = images(2, 5)
-    with looks.looking(3), torch.no_grad():  # three were announced
+    with looks.looking([0, 1, 2], 3), torch.no_grad():  # three were announced
         assert torch.equal(model.record(x, []).logits, model.base(x))
     looks.close()
     assert not counted.buckets and "drift cannot look at" in caplog.text
@@ -287,7 +287,7 @@ def test_a_failed_count_does_not_end_the_thread(
 
     looks._look = once  # type: ignore[method-assign]
     for _ in range(2):
-        with looks.looking(1), torch.no_grad():
+        with looks.looking([0], 1), torch.no_grad():
             model.record(images(1, 4), [])
     looks.close()
     (buckets,) = counted.buckets.values()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Rewritten
 from PIL import Image
-from support import SECOND, encoded, picture, tamper, tiny_vit
+from support import SECOND, encoded, needs_compiler, picture, tamper, tiny_vit
 from torch import Tensor
 
 from elude_runtime.errors import CheckpointError
@@ -28,6 +28,7 @@ from elude_runtime.offline.verify import (
     check_preprocessing,
     verify,
 )
+from elude_runtime.offline.verify_outputs import check_compiled
 
 CHECKS = {"tensors", "partition", "logits", "additivity", "means", "explicit", "preprocessing", "top1_agreement"}
 
@@ -72,6 +73,13 @@ class TestHolds:
         result = run(r, r.path, batch_sizes=(1, 2))
         assert result.holds, [c for c in result.checks if not c.holds]
         assert {c.name for c in result.checks} == CHECKS - {"preprocessing"}
+
+    @needs_compiler
+    def test_compiled_too(self, vit: Rewritten) -> None:
+        result = run(vit, vit.path, batch_sizes=(1, 3), limit=6, compiled=True)
+        check = next(c for c in result.checks if c.name == "compiled")
+        assert result.holds and check.holds and check.figures["unequal_rows"] == 0 and check.figures["images"] == 6
+        assert 0 < check.figures["difference_to_plain"] < 1e-4
 
     def test_and_is_written(self, vit: Rewritten, tmp_path: Path) -> None:
         path = tamper(vit.path, tmp_path / "c", seal=False)
@@ -139,6 +147,19 @@ class TestPlantedFaults:
         assert "tensors" in failing(result)
         assert "blocks.2.mlp.fc1.weight" in next(c for c in result.checks if c.name == "tensors").detail
         result.document()
+
+    @needs_compiler
+    def test_another_network_compiled(self, vit: Rewritten, tmp_path: Path) -> None:
+        other = copy.deepcopy(vit.base)
+        with torch.no_grad():
+            other.get_submodule(SECOND).weight[0, 0] += 1  # type: ignore[index, operator]
+        check = check_compiled(
+            other, vit.base, ImageSource(vit.images, vit.data, batch_size=3), (1, 3), lambda *_: None
+        )
+        assert check.holds is False and check.figures["unequal_rows"] == 6
+        tampered = tamper(vit.path, tmp_path / "c", flip(f"{SECOND}.weight", 22))
+        result = run(vit, tampered, limit=4, compiled=True)
+        assert result.checks[-1].name == "compiled" and result.checks[-1].holds is None and not result.holds
 
     def test_a_flipped_weight_bit_of_the_split_layer(self, vit: Rewritten, tmp_path: Path) -> None:
         result = run(vit, tamper(vit.path, tmp_path / "c", flip(f"{SECOND}.weight", 22)), limit=4)

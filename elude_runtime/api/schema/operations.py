@@ -138,6 +138,10 @@ class PrecisionInfo(Document):
 
     tf32: bool
     autocast: Literal["bfloat16", "float16"] | None
+    compiled: bool = Field(False, description="predictions come from torch.compile")
+    compiled_difference: float | None = Field(
+        None, description="compiled: of its outputs to the plain pass's, relative, the largest seen at the start"
+    )
 
 
 class Description(Document):
