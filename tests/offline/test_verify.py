@@ -153,7 +153,8 @@ class TestPlantedFaults:
         other = copy.deepcopy(vit.base)
         with torch.no_grad():
             other.get_submodule(SECOND).weight[0, 0] += 1  # type: ignore[index, operator]
-        check = check_compiled(
+        source = ImageSource(vit.images, vit.data, batch_size=3)
+        check = check_compiled(other, vit.base, source, (1, 3), lambda *_: None)
             other, vit.base, ImageSource(vit.images, vit.data, batch_size=3), (1, 3), lambda *_: None
         )
         assert check.holds is False and check.figures["unequal_rows"] == 6
