@@ -155,8 +155,6 @@ class TestPlantedFaults:
             other.get_submodule(SECOND).weight[0, 0] += 1  # type: ignore[index, operator]
         source = ImageSource(vit.images, vit.data, batch_size=3)
         check = check_compiled(other, vit.base, source, (1, 3), lambda *_: None)
-            other, vit.base, ImageSource(vit.images, vit.data, batch_size=3), (1, 3), lambda *_: None
-        )
         assert check.holds is False and check.figures["unequal_rows"] == 6
         tampered = tamper(vit.path, tmp_path / "c", flip(f"{SECOND}.weight", 22))
         result = run(vit, tampered, limit=4, compiled=True)
