@@ -89,7 +89,7 @@ def test_every_request_and_a_mixed_load(demo: Loaded) -> None:
 def test_a_long_mixed_load(request: pytest.FixtureRequest, model: str, requests: int) -> None:
     server, traffic = request.getfixturevalue(model)
     before = workers(server)
-    warm_up = once(server, traffic) + load(server, traffic, requests // 4, seed=1)
+    warm_up = once(server, traffic) + load(server, traffic, requests // 2, seed=1)
     assert_right(warm_up)
     warm = memory(server)
     mixed = load(server, traffic, requests, seed=2)
