@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """One image on its way through a batch: what is asked, and what was found so far.
+    """One image on its way through a batch: what is asked, and what was found so far. row: its place in the recorded
+    pass.
 
     explained: layers to explain; rules: policies in force; plan, shadow: edits, where there are any; places: what each
     part of the plan is called; activated:
@@ -49,7 +50,7 @@ class Job:
     activated: list[Feature]
     work: float
     timing: dict[str, float] = field(default_factory=dict)
-    row: int = -1
+    row: int | None = None
     output: Tensor | None = None
     explanations: list[Explanation] | None = None
     steered: SteeredRow | None = None
@@ -73,6 +74,11 @@ class Job:
                 yield "condition-not-met", f"{place}: its condition on {features} does not hold on this image."
             else:
                 yield "no-effect", f"{place}: it changes nothing on this image."
+
+    @property
+    def asks_more(self) -> bool:
+        """Whether something of the pass itself is needed, if only to say that nothing acts."""
+        return bool(self.layers) or self.plan is not None or self.shadow is not None
 
     @property
     def layers(self) -> set[str]:
@@ -129,8 +135,20 @@ def run_batch(
 ) -> None:
     """Answer all jobs; the results stand on them. Those of one layer share tails. compiled: gives the predictions of
     all rows, whatever else is asked; rows of which more is needed then run through the network as well."""
-    with _timed(jobs, "forward"):
-        outputs, recording = _forward(model, jobs, watch, compiled)
+    images = _images(model, jobs)
+    sampled = watch.sampled(len(jobs)) if watch else []
+    if compiled is None:
+        with _timed(jobs, "forward"), watch.looking(sampled, len(jobs)) if watch else nullcontext():
+            recording = _record(model, images, jobs)
+        outputs = recording.logits
+    else:
+        with _timed(jobs, "forward"):
+            outputs = compiled(images)
+        asking = [row for row, job in enumerate(jobs) if job.asks_more]
+        with _timed([jobs[row] for row in asking], "record"):
+            recording = _record(model, images[asking], [jobs[row] for row in asking])
+        if watch and sampled:
+            _look(model, images[sampled], watch)
     for job, output in zip(jobs, outputs, strict=True):
         job.output = output
         if not bool(torch.isfinite(job.output).all()):
@@ -183,33 +201,27 @@ def milliseconds(since: float) -> float:
     return math.floor((time.perf_counter() - since) * 1e5) / 100
 
 
-def _forward(
-    model: EludeModel, jobs: Sequence[Job], watch: Watch | None, compiled: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, Recording]:
-    """Outputs [B, ...] of all jobs, and a recorded pass; `row` of each job is its place in that, -1 for none."""
+def _images(model: EludeModel, jobs: Sequence[Job]) -> Tensor:
     parameter = next(model.base.parameters())
-    images = torch.stack([job.question.picture.tensor for job in jobs]).to(parameter.device, parameter.dtype)
-    sampled = watch.sampled(len(jobs)) if watch else []
-    rows = list(range(len(jobs)))
-    outputs = compiled(images) if compiled else None
-    if outputs is not None:
-        rows = [row for row, job in enumerate(jobs) if job.layers or row in sampled]
-    places = {row: place for place, row in enumerate(rows)}
+    return torch.stack([job.question.picture.tensor for job in jobs]).to(parameter.device, parameter.dtype)
+
+
+def _look(model: EludeModel, images: Tensor, watch: Watch) -> None:
+    """A pass for the watch alone."""
+    try:
+        with torch.inference_mode(), watch.looking(list(range(len(images))), len(images)):
+            model.record(images, [])
+    except Exception:  # an answer is worth more
+        logger.exception("a pass for drift failed")
+
+
+def _record(model: EludeModel, images: Tensor, jobs: Sequence[Job]) -> Recording:
+    """One pass for all of these jobs; what tails need is kept for the layers that any of them asks for."""
+    if not jobs:
+        return Recording(images, images)
     for row, job in enumerate(jobs):
-        job.row = places.get(row, -1)
-    if outputs is not None and not rows:
-        return outputs, Recording(images[:0], outputs[:0])
-    chosen = images if len(rows) == len(jobs) else images[rows]
-    with watch.looking([places[row] for row in sampled], len(rows)) if watch else nullcontext():
-        recording = _recorded(model, chosen, {layer for job in jobs for layer in job.layers})
-    if outputs is None:
-        return recording.logits, recording
-    # what is told beside a prediction, a change of it say, starts from the prediction that is answered
-    return outputs, replace(recording, logits=outputs[rows])
-
-
-def _recorded(model: EludeModel, images: Tensor, needed: set[str]) -> Recording:
-    """One pass for all; what tails need is kept for the layers that any job asks for."""
+        job.row = row
+    needed = {layer for job in jobs for layer in job.layers}
     if not needed:  # nothing will be asked of this pass but its answers: the same numbers, with less book-keeping
         with torch.inference_mode():
             return model.record(images, [])
@@ -217,15 +229,23 @@ def _recorded(model: EludeModel, images: Tensor, needed: set[str]) -> Recording:
 
 
 def _steer(model: EludeModel, recording: Recording, jobs: Sequence[Job]) -> None:
-    found = steer_batch(model, recording, [j.row for j in jobs], [j.plan for j in jobs if j.plan])
+    found = steer_batch(model, recording, _rows(jobs), [j.plan for j in jobs if j.plan])
     for job, steered in zip(jobs, found, strict=True):
-        job.steered = _finite(job, steered)
+        job.steered = _finite(job, _beside_the_answer(job, steered))
+
+
+def _beside_the_answer(job: Job, found: SteeredRow) -> SteeredRow:
+    """The prediction that is answered as the default; a row that nothing changed is that prediction itself. Only of a
+    compiled network are these other bits than the recorded pass's."""
+    assert job.output is not None
+    unchanged = torch.equal(found.steered, found.default)
+    return replace(found, default=job.output, steered=job.output if unchanged else found.steered)
 
 
 def _shadow(model: EludeModel, recording: Recording, jobs: Sequence[Job]) -> None:
-    found = steer_batch(model, recording, [j.row for j in jobs], [j.shadow for j in jobs if j.shadow])
+    found = steer_batch(model, recording, _rows(jobs), [j.shadow for j in jobs if j.shadow])
     for job, steered in zip(jobs, found, strict=True):
-        job.shadowed = steered if _is_finite(steered) else None
+        job.shadowed = _beside_the_answer(job, steered) if _is_finite(steered) else None
 
 
 def _finite(job: Job, steered: SteeredRow) -> SteeredRow:
@@ -243,7 +263,7 @@ def _explain(model: EludeModel, targets: TargetReader, recording: Recording, job
     asked = []
     for job in jobs:
         assert job.output is not None
-        asked.append(_asked(job, job.row, targets, job.output))
+        asked.append(_asked(job, _row(job), targets, job.output))
     for job, found in zip(jobs, explain_batch(model, recording, asked), strict=True):
         job.explanations = _finite_numbers(job, found)
 
@@ -252,7 +272,7 @@ def _explain_steered(model: EludeModel, targets: TargetReader, recording: Record
     """The steered answers explained, from a recorded pass with the edits in place."""
     layers = [layer for layer in model.layers if any(layer in job.explained for job in jobs)]
     plans = [job.plan for job in jobs if job.plan]
-    steered, changes = record_steered(model, recording, [job.row for job in jobs], plans, layers)
+    steered, changes = record_steered(model, recording, _rows(jobs), plans, layers)
     asked = []
     for row, job in enumerate(jobs):
         one = _asked(job, row, targets, steered.logits[row])
@@ -272,6 +292,15 @@ def _finite_numbers(job: Job, found: list[Explanation]) -> list[Explanation]:
             detail = "A number of the explanation is not finite; use smaller values in edits and directions."
             job.problem = Problem("non-finite-output", detail)
     return found
+
+
+def _row(job: Job) -> int:
+    assert job.row is not None, "it was recorded, since it asks for more than a prediction"
+    return job.row
+
+
+def _rows(jobs: Sequence[Job]) -> list[int]:
+    return [_row(job) for job in jobs]
 
 
 def _asked(job: Job, row: int, targets: TargetReader, output: Tensor) -> ExplainRequest:
@@ -300,6 +329,6 @@ def _activations(model: EludeModel, recording: Recording, jobs: Sequence[Job]) -
         found: dict[Feature, FeatureActivation] = {}
         for layer in {feature.layer for feature in job.activated}:
             ours = [feature for feature in job.activated if feature.layer == layer]
-            made = feature_activations(model.state(layer), recording, job.row, ours, asked.reduce)
+            made = feature_activations(model.state(layer), recording, _row(job), ours, asked.reduce)
             found.update(zip(ours, made, strict=True))
         job.activations = [found[feature] for feature in job.activated]

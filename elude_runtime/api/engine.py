@@ -95,7 +95,10 @@ class Engine:
         self.policies = PolicyBook(model, config, policies or {}, self.vectors)
         self.documents = ReplyDocuments(model.data_config, self.info, self.writer, self.policies)
         # last: whatever is wrong with the checkpoint or the settings is told before minutes go by
-        self.compiled = CompiledNetwork(model.base, model.data_config.input_size) if config.compile else None
+        self.compiled: CompiledNetwork | None = None
+        if config.compile:
+            coarse = config.tf32 or config.autocast is not None
+            self.compiled = CompiledNetwork(model.base, model.data_config.input_size, coarse=coarse)
         self.watch: Watch | None = None
         """Looks on at forward passes, where somebody put it here."""
 
@@ -289,7 +292,7 @@ class Engine:
         if request.explain is not None:
             passes = explain_work(request.explain, explained, self.shares)
             work += passes + (passes + 1 if edited else 0)  # the steered answer is explained too, from its own pass
-        if self.compiled and (work or request.activations is not None):
+        if self.compiled and (request.explain or request.steer or request.activations):
             work += 1  # the pass through the network itself, beside the compiled one
         return work
 

@@ -251,6 +251,8 @@ class Server:
         environment.setdefault(METRICS_DIR, str(self.run_dir / "metrics"))
         temporary, logs = str(self.run_dir / "tmp"), str(self.run_dir / "logs")
         environment[BUSY] = temporary
+        # a worker that is started again finds what the first one compiled, and nobody else's code
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(temporary) / "compiled"))
         # TMPDIR is Python's; TEMP becomes Java's, for unpacked archives and the workers' sockets.
         return {**environment, "TMPDIR": temporary, "TEMP": temporary, "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +34,7 @@ batch(400)
 with open("/proc/self/statm") as file:
     print((int(file.read().split()[1]) - at_rest) * resource.getpagesize() >> 20)
 """
+ASKED_TWICE = [(-3, 64 << 20), (-3, 32 << 20), (-1, 64 << 20)]
 glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 
 
@@ -60,6 +63,32 @@ def test_a_batch_above_the_bound_is_given_back() -> None:
 def test_where_the_c_library_has_no_such_setting_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert not keep_freed(1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("takes", "kept", "asked"),
+    [
+        (lambda which, size: 1, True, [(-3, 64 << 20), (-1, 64 << 20)]),
+        (lambda which, size: int(which == -1 or size <= 32 << 20), True, ASKED_TWICE),
+        (lambda which, size: 0, False, ASKED_TWICE),
+    ],
+)
+def test_a_library_that_takes_less(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    takes: Callable[[int, int], int],
+    kept: bool,
+    asked: list[tuple[int, int]],
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def mallopt(which: int, size: int) -> int:
+        calls.append((which, size))
+        return takes(which, size)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    assert keep_freed(64 << 20) is kept
+    assert calls == asked and ("does not keep freed memory" in caplog.text) is not kept
 
 
 def test_the_configuration_bounds_what_is_kept() -> None:
