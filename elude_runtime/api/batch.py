@@ -135,20 +135,7 @@ def run_batch(
 ) -> None:
     """Answer all jobs; the results stand on them. Those of one layer share tails. compiled: gives the predictions of
     all rows, whatever else is asked; rows of which more is needed then run through the network as well."""
-    images = _images(model, jobs)
-    sampled = watch.sampled(len(jobs)) if watch else []
-    if compiled is None:
-        with _timed(jobs, "forward"), watch.looking(sampled, len(jobs)) if watch else nullcontext():
-            recording = _record(model, images, jobs)
-        outputs = recording.logits
-    else:
-        with _timed(jobs, "forward"):
-            outputs = compiled(images)
-        asking = [row for row, job in enumerate(jobs) if job.asks_more]
-        with _timed([jobs[row] for row in asking], "record"):
-            recording = _record(model, images[asking], [jobs[row] for row in asking])
-        if watch and sampled:
-            _look(model, images[sampled], watch)
+    outputs, recording = _passes(model, jobs, watch, compiled)
     for job, output in zip(jobs, outputs, strict=True):
         job.output = output
         if not bool(torch.isfinite(job.output).all()):
@@ -199,6 +186,28 @@ def _timed(jobs: Sequence[Job], stage: str) -> Iterator[None]:
 
 def milliseconds(since: float) -> float:
     return math.floor((time.perf_counter() - since) * 1e5) / 100
+
+
+def _passes(
+    model: EludeModel, jobs: Sequence[Job], watch: Watch | None, compiled: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Recording]:
+    """Outputs [B, K] of all jobs, and a recorded pass of those that ask for more: the same one where nothing is
+    compiled."""
+    images = _images(model, jobs)
+    sampled = watch.sampled(len(jobs)) if watch else []
+    if compiled is None:
+        with _timed(jobs, "forward"), watch.looking(sampled, len(jobs)) if watch else nullcontext():
+            recording = _record(model, images, jobs)
+        return recording.logits, recording
+    with _timed(jobs, "forward"):
+        outputs = compiled(images)
+    rows = [row for row, job in enumerate(jobs) if job.asks_more]
+    asking = [jobs[row] for row in rows]
+    with _timed(asking, "record"):
+        recording = _record(model, images[rows], asking)
+    if watch and sampled:
+        _look(model, images[sampled], watch)
+    return outputs, recording
 
 
 def _images(model: EludeModel, jobs: Sequence[Job]) -> Tensor:
