@@ -29,6 +29,7 @@ class CompiledNetwork:
         compiled here, or answers otherwise then."""
         if not hasattr(torch.compiler, "set_stance"):
             raise SettingsError(f"`compile` needs torch 2.6 or later, this is {torch.__version__}; leave it out.")
+        logger.info("Compiling the network; this takes minutes on a CPU.")
         self._model, self._told = model, False
         parameter = next(model.parameters())
         coarse = coarse or parameter.dtype.itemsize < 4
@@ -73,7 +74,8 @@ class CompiledNetwork:
         return apart if apart == apart else float("inf")
 
     def run(self, images: Tensor) -> Tensor:
-        """Outputs of [B, C, H, W] by a program that is there; RuntimeError where there is none for this batch."""
+        """Outputs of [B, C, H, W] by a program that is there. RuntimeError of torch's own where there is none for this
+        batch, as where something is wrong with the batch itself."""
         with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
             return self._run(images)
 

@@ -86,8 +86,8 @@ def verify(
     data_config: the base model's preprocessing; images: files as `ImageSource` takes them, or preprocessed images
     [N, 3, H, W]; few: images for the float64 checks; device: where both models run, by default where the base model
     is; compiled: the outputs of both under torch.compile are compared too. Writes `verification.json` unless told not
-    to. CheckpointError for a checkpoint that cannot be read at all, SettingsError for a device that is not there, or
-    where nothing can be compiled; what can be read and does not hold is a failed check.
+    to. CheckpointError for a checkpoint that cannot be read at all, SettingsError for a device that is not there;
+    what can be read and does not hold is a failed check.
     """
     report = progress or (lambda *_: None)
     with borrowed(base, None if device is None else usable_device(device)):

@@ -16,9 +16,10 @@ from PIL import Image
 from support import SECOND, encoded, needs_compiler, picture, tamper, tiny_vit
 from torch import Tensor
 
-from elude_runtime.errors import CheckpointError
+from elude_runtime.errors import CheckpointError, SettingsError
 from elude_runtime.network.explicit import explicit_model
 from elude_runtime.network.linear_map import LinearMap
+from elude_runtime.offline import verify_outputs
 from elude_runtime.offline.images import ImageSource
 from elude_runtime.offline.verify import (
     VERIFICATION,
@@ -159,6 +160,22 @@ class TestPlantedFaults:
         tampered = tamper(vit.path, tmp_path / "c", flip(f"{SECOND}.weight", 22))
         result = run(vit, tampered, limit=4, compiled=True)
         assert result.checks[-1].name == "compiled" and result.checks[-1].holds is None and not result.holds
+
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [(SettingsError("no compiler"), "no compiler"), (RuntimeError("no program"), "did not run: no")],
+    )
+    def test_what_cannot_be_compiled_is_not_checked(
+        self, vit: Rewritten, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+    ) -> None:
+        def fails(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(verify_outputs, "CompiledNetwork", fails)
+        result = run(vit, vit.path, limit=4, compiled=True)
+        check = result.checks[-1]
+        assert check.name == "compiled" and check.holds is None and words in check.detail
+        assert result.holds and {c.name for c in result.checks} == {*CHECKS, "compiled"}
 
     def test_a_flipped_weight_bit_of_the_split_layer(self, vit: Rewritten, tmp_path: Path) -> None:
         result = run(vit, tamper(vit.path, tmp_path / "c", flip(f"{SECOND}.weight", 22)), limit=4)
