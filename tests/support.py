@@ -150,7 +150,8 @@ def random_partition(
         used = [c for c in range(concepts) if (drawn == c).any()]
         number = {c: i for i, c in enumerate(used)}
         concept[t][chosen] = torch.tensor([number.get(int(c), REST_CONCEPT) for c in drawn], dtype=torch.int32)
-    return Partition(edges, counts, mean, std, concept)
+    sign = torch.where(torch.rand(shape, generator=g) > 0.3, 1, -1).to(torch.int8)
+    return Partition(edges, counts, mean, std, concept, sign)
 
 
 def state_of(module: nn.Module, layout: TokenLayout, partition: Partition, name: str = "layer") -> SplitState:

@@ -121,7 +121,7 @@ class _Acting:
                 return -(u + write.mean)
             return -u if mode == ABLATE else (value - 1) * u
         shift = self._shift(mode, value)[:, None]
-        return shift if self.edit.feature.neuron is not None else shift * write.std
+        return shift if self.edit.feature.neuron is not None else shift * write.rise
 
     def _shift(self, mode: str, value: float) -> Tensor:
         """[T_p]: by how much the activation of the edited feature moves."""

@@ -24,7 +24,7 @@ from elude_runtime.partition.sums import (
 )
 
 _WRITES_KEPT = 32  # of a layer; each has the weights of its own neurons
-_PARTS = ("edges", "counts", "mean", "std", "concept")
+_PARTS = ("edges", "counts", "mean", "std", "concept", "sign")
 
 
 class TypeIndices:

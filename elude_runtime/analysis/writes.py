@@ -20,14 +20,14 @@ class FeatureWrite:
     """The write of one feature: y_k changes with it at F of the layer's neurons, by a linear map of the input.
 
     neurons int64 [F]; rows [F, groups * n, q]: the weight of the feature's edges, zero elsewhere; mean float32 [F]: the
-    calibration mean of what they add up to; std float32 [F]: the sum of its members' standard deviations, a neuron
-    each (dead members have none).
+    calibration mean of what they add up to; rise float32 [F]: by how much y_k rises with the concept's activation,
+    the sum of its members' signed standard deviations (dead members have none); of a sub-unit its own, in its concept.
     """
 
     neurons: Tensor
     rows: Tensor
     mean: Tensor
-    std: Tensor
+    rise: Tensor
 
 
 def feature_write(state: SplitState, feature: Feature) -> FeatureWrite:
@@ -49,7 +49,7 @@ def feature_write(state: SplitState, feature: Feature) -> FeatureWrite:
         neurons,
         full_width(rows, group, groups),
         (partition.mean[token_type, neurons] * members).sum(1),
-        (partition.std[token_type, neurons] * members).sum(1),
+        (partition.signed_std(token_type)[neurons] * members).sum(1),
     )
 
 

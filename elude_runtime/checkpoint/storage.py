@@ -45,6 +45,7 @@ def partition_tensors(layer: str, partition: Partition) -> dict[str, Tensor]:
         f"elude.{layer}.mean": partition.mean,
         f"elude.{layer}.std": partition.std,
         f"elude.{layer}.concept": partition.concept.to(torch.uint16),
+        f"elude.{layer}.sign": partition.sign,
     }
 
 
@@ -57,11 +58,14 @@ def read_partition(tensors: Mapping[str, Tensor], entry: LayerEntry) -> Partitio
         "mean": (torch.float32, (types, entry.neurons, width)),
         "std": (torch.float32, (types, entry.neurons, width)),
         "concept": (torch.uint16, (types, entry.neurons, width)),
+        "sign": (torch.int8, (types, entry.neurons, width)),
     }
     found = {}
     for part, (dtype, shape) in shapes.items():
         name = f"elude.{entry.name}.{part}"
         tensor = tensors.get(name)
+        if tensor is None and part == "sign":  # of a checkpoint from before concepts had members that fall
+            tensor = torch.ones(shape, dtype=dtype)
         if tensor is None:
             raise CheckpointError(f"The checkpoint lacks the tensor {name}; make it again with `elude rewrite`.")
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
@@ -71,7 +75,12 @@ def read_partition(tensors: Mapping[str, Tensor], entry: LayerEntry) -> Partitio
             )
         found[part] = tensor
     return Partition(
-        found["partition"], found["subunits"], found["mean"], found["std"], found["concept"].to(torch.int32)
+        found["partition"],
+        found["subunits"],
+        found["mean"],
+        found["std"],
+        found["concept"].to(torch.int32),
+        found["sign"],
     )
 
 

@@ -17,7 +17,7 @@ from elude_runtime.offline.evaluation.agreement import auc
 
 TOP_FEATURES = 12  # that are asked of each explanation
 # A feature belongs to the story when its mean attribution is at least this share of the largest one's.
-_NOTABLE = 1 / 3
+_NOTABLE = 1 / 10
 _TELLS = 0.9
 
 

@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         ("neuron", pa.int32()),  # null for a concept
         ("subunit", pa.int32()),  # null for a concept and for `rest`
         ("concept", pa.string()),  # the concept that a sub-unit belongs to; a concept's own name
+        ("sign", pa.int8()),  # -1 for a sub-unit that falls as its concept's activation rises
         ("size", pa.int32()),  # edges of a sub-unit, sub-units of a concept
         ("label", pa.string()),
         ("label_source", pa.string()),
@@ -54,7 +55,7 @@ SCHEMA = pa.schema(
 
 
 def table_rows(
-    features: list[Feature], concepts: list[str], sizes: list[int], statistics: FeatureStatistics
+    features: list[Feature], concepts: list[str], signs: list[int], sizes: list[int], statistics: FeatureStatistics
 ) -> pa.Table:
     """Rows of features that share a layer and token type, in the order of their statistics."""
     count = len(features)
@@ -66,6 +67,7 @@ def table_rows(
         "neuron": [f.neuron for f in features],
         "subunit": [f.index if f.neuron is not None else None for f in features],
         "concept": concepts,
+        "sign": signs,
         "size": sizes,
         "label": [""] * count,
         "label_source": [""] * count,
@@ -132,6 +134,8 @@ def read_table(directory: Path) -> pa.Table:
         for field in CATALOGUE_FIELDS:
             if field.name not in table.column_names:
                 table = table.append_column(field, pa.nulls(len(table), field.type))
+        if "sign" not in table.column_names:  # from before concepts had members that fall
+            table = table.append_column(SCHEMA.field("sign"), pa.repeat(pa.scalar(1, pa.int8()), len(table)))
         return table
     except (OSError, pa.ArrowException) as error:
         raise CheckpointError(f"{path} is missing or damaged; copy it again, or make the checkpoint again.") from error

@@ -16,7 +16,7 @@ from elude_runtime.offline.token_store import TokenStore
 from elude_runtime.partition import REST_CONCEPT, REST_EDGE, Partition, SplitConfig
 from elude_runtime.partition.concepts import concept_activation, concept_share, describe, group_concepts, subunit_share
 from elude_runtime.partition.sign_split import compact, end_count, neuron_chunks, split_neurons
-from elude_runtime.partition.sums import neuron_groups, sum_edges, wide_weight
+from elude_runtime.partition.sums import full_width, neuron_groups, sum_edges, wide_weight
 
 _STILL = 1e-30  # a standard deviation below counts as none: weights that decayed to denormals have no reciprocal
 _WIDE_FLOATS = 8_000_000  # masked weights held at once
@@ -79,6 +79,8 @@ def make_concepts(
     groups = neuron_groups(d, linear.groups)
     mean, std = torch.zeros(types, d, width), torch.zeros(types, d, width)
     concept = torch.full((types, d, width), REST_CONCEPT, dtype=torch.int32)
+    sign = torch.ones(types, d, width, dtype=torch.int8)
+    rows = full_width(weight, groups, linear.groups).flatten(1)
     tables: list[pa.Table] = []
     for t in range(types):
         slots = torch.where(edges[t] == REST_EDGE, config.subunits, edges[t].long())
@@ -90,10 +92,10 @@ def make_concepts(
         centred -= mean[t]
         spread = _spread(centred)
         std[t] = torch.where(spread < _STILL, 0, spread)
-        concept[t] = group_concepts(centred, std[t], counts[t], concepts, config.seed)
-        tables += _tables(one.layer.name, t, centred, Partition(edges, counts, mean, std, concept))
+        concept[t], sign[t] = group_concepts(centred, std[t], counts[t], rows, concepts)
+        tables += _tables(one.layer.name, t, centred, Partition(edges, counts, mean, std, concept, sign))
         del centred  # before the next one is made
-    return Partition(edges, counts, mean, std, concept), tables
+    return Partition(edges, counts, mean, std, concept, sign), tables
 
 
 def _sample_sums(reads: Tensor, weight: Tensor, slots: Tensor, width: int) -> Tensor:
@@ -117,7 +119,7 @@ def _spread(centred: Tensor) -> Tensor:
 def _tables(layer: str, token_type: int, centred: Tensor, partition: Partition) -> list[pa.Table]:
     """Feature rows of one token type: its concepts, then its sub-units (those without an edge left out)."""
     concepts = partition.concepts(token_type)
-    concept, std = partition.concept[token_type], partition.std[token_type]
+    concept, sign, std = partition.concept[token_type], partition.sign[token_type], partition.std[token_type]
     numbers = [*range(concepts), None]
     features = [Feature(layer, token_type, i) for i in numbers]
     names = [f.name for f in features]
@@ -127,9 +129,10 @@ def _tables(layer: str, token_type: int, centred: Tensor, partition: Partition) 
     edges.scatter_add_(1, partition.slots(token_type), torch.ones_like(partition.slots(token_type), dtype=torch.int32))
     used = edges > 0
     sizes = torch.bincount(slots[used], minlength=concepts + 1).tolist()
-    activations = concept_activation(centred, std, concept, concepts)
+    activations = concept_activation(centred, std, concept, sign, concepts)
     share = concept_share(centred, concept, concepts)
-    tables = [table_rows(features, names, sizes, describe(activations, share))]
+    of_itself = [1] * len(features)
+    tables = [table_rows(features, names, of_itself, sizes, describe(activations, share))]
     neurons, places = used.nonzero(as_tuple=True)
     width = std.shape[1]
     subunits = [
@@ -138,5 +141,5 @@ def _tables(layer: str, token_type: int, centred: Tensor, partition: Partition) 
     ]
     of = [names[c] for c in slots[used].tolist()]
     statistics = describe(centred.flatten(1), subunit_share(centred).flatten()).take(used.flatten())
-    tables.append(table_rows(subunits, of, edges[used].tolist(), statistics))
+    tables.append(table_rows(subunits, of, sign[used].tolist(), edges[used].tolist(), statistics))
     return tables

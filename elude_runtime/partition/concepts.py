@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from elude_runtime.partition.kmeans import kmeans
+from elude_runtime.partition.diametrical import diametrical, distinct_rows, farthest
 from elude_runtime.partition.partition import REST_CONCEPT
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -55,32 +55,42 @@ def describe(values: Tensor, share: Tensor) -> FeatureStatistics:
     )
 
 
-def group_concepts(centred: Tensor, std: Tensor, counts: Tensor, concepts: int, seed: int) -> Tensor:
-    """Cluster the z-scored activation profiles of the sub-units of a layer: the concept of each.
+def group_concepts(
+    centred: Tensor, std: Tensor, counts: Tensor, weight: Tensor, concepts: int
+) -> tuple[Tensor, Tensor]:
+    """Cluster the z-scored activation profiles of the sub-units of a layer, up to their sign: the concept of each, and
+    whether it rises or falls with it.
 
-    centred [S, d, M + 1]: t_km at S sampled tokens; std [d, M + 1]; counts [d]. Sub-units that never vary and the
-    background ones go to the background concept. Returns int32 [d, M + 1]; concepts are numbered by their share
-    of the output's variance, largest first.
+    centred [S, d, M + 1]: t_km at S sampled tokens; std [d, M + 1]; counts [d]; weight [d, m]: rows of the layer.
+    Clusters begin at neurons, those whose rows are the most distinct, so that the same weights begin at the same places
+    whatever the images are; at twice as many as there are to be concepts, so that what few sub-units follow can be
+    given up. Where the layer has fewer such neurons, the profiles least alike come after them. What one sub-unit does
+    and another undoes is one concept, not two. There may be fewer concepts than asked for.
+
+    Sub-units that never vary and the background ones go to the background concept. Returns int32 [d, M + 1] and int8
+    [d, M + 1] (1 or -1); concepts are numbered by their share of the output's variance, largest first.
     """
     width = centred.shape[2]
     named = torch.arange(width) < counts.long()[:, None]  # [d, M + 1]; `rest` (slot M) is never below the count
     member = (named & (std > 0)).flatten()
     out = torch.full((member.numel(),), REST_CONCEPT, dtype=torch.int32)
+    sign = torch.ones(member.numel(), dtype=torch.int8)
     live = member.nonzero()[:, 0]
     if live.numel():
         profiles = centred.flatten(1).T[live].contiguous()  # [L, S]
         profiles /= std.flatten()[live, None]
         number = min(concepts, live.numel())
-        draws = torch.rand(1, number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        labels = kmeans(profiles[None], number, draws.to(profiles.dtype))[0][0]
-        out[live] = labels.to(torch.int32)
-        carried = concept_share(centred, out.view(std.shape), number)[:number]
-        present = torch.bincount(labels, minlength=number) > 0
-        order = torch.argsort(torch.where(present, carried, -torch.inf), descending=True, stable=True)
+        begin = min(2 * number, live.numel())
+        anchors = centred[:, distinct_rows(weight, begin)].sum(2).T  # [at most 2 K, S]
+        found, signs = diametrical(profiles, farthest(profiles, anchors, begin), number)
+        labels = found.unique(return_inverse=True)[1]
+        out[live], sign[live] = labels.to(torch.int32), signs.to(torch.int8)
+        number = int(labels.max()) + 1
+        order = concept_share(centred, out.view(std.shape), number)[:number].argsort(descending=True, stable=True)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(number)
         out[live] = rank[labels].to(torch.int32)
-    return out.view(std.shape)
+    return out.view(std.shape), sign.view(std.shape)
 
 
 def concept_share(centred: Tensor, concept: Tensor, concepts: int) -> Tensor:
@@ -104,12 +114,13 @@ def subunit_share(centred: Tensor) -> Tensor:
     return (covariance / total).float() if total > 0 else torch.zeros(centred.shape[1:])
 
 
-def concept_activation(centred: Tensor, std: Tensor, concept: Tensor, concepts: int) -> Tensor:
-    """Activations of all concepts: the mean over live members of t / std; [S, d, M + 1] -> [S, K + 1], `rest` last."""
+def concept_activation(centred: Tensor, std: Tensor, concept: Tensor, sign: Tensor, concepts: int) -> Tensor:
+    """Activations of all concepts: the mean over live members of sign t / std; [S, d, M + 1] -> [S, K + 1], `rest`
+    last."""
     slots = torch.where(concept == REST_CONCEPT, concepts, concept.long()).flatten()
     live = (std > 0).flatten()
     size = torch.bincount(slots[live], minlength=concepts + 1).clamp(min=1)
-    scale = torch.where(live, 1 / std.flatten(), 0) / size[slots]
+    scale = torch.where(live, sign.flatten() / std.flatten(), 0) / size[slots]
     out = centred.new_zeros(len(centred), concepts + 1)
     for part, rows in zip(_tokens(centred), _tokens(out), strict=True):
         rows.index_add_(1, slots, part.flatten(1) * scale)

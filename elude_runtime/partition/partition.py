@@ -24,6 +24,7 @@ class Partition:
     mean     float32 [P, d, M + 1]  calibration mean of the sub-unit's sum s, in units of the layer's output
     std      float32 [P, d, M + 1]  calibration standard deviation of s
     concept  int32   [P, d, M + 1]  concept of every sub-unit; 65535 = rest
+    sign     int8    [P, d, M + 1]  1 or -1: whether the sub-unit rises or falls as its concept's activation rises
     """
 
     edges: Tensor
@@ -31,6 +32,7 @@ class Partition:
     mean: Tensor
     std: Tensor
     concept: Tensor
+    sign: Tensor
 
     @property
     def types(self) -> int:
@@ -73,6 +75,10 @@ class Partition:
         """bool [d, M + 1]: sub-units that vary over the calibration tokens; only these count in a concept's mean."""
         return self.std[token_type] > 0
 
+    def signed_std(self, token_type: int) -> Tensor:
+        """float32 [d, M + 1]: by how much a sub-unit moves as its concept's activation rises by 1; 0 for a dead one."""
+        return self.std[token_type] * self.sign[token_type]
+
     def problems(self) -> list[str]:
         """What is wrong with the stored indices, a sentence each; empty for a partition that is well-formed."""
         found: list[str] = []
@@ -91,6 +97,8 @@ class Partition:
             absent = self.concepts(t) - int(named.unique().numel())
             if absent:
                 found.append(f"{absent} concepts of token type {t} have no member")
+        if bool((self.sign.abs() != 1).any()):
+            found.append("the sign of a sub-unit in its concept is neither 1 nor -1")
         if not bool(torch.isfinite(self.mean).all()) or not bool(torch.isfinite(self.std).all()):
             found.append("a mean or a standard deviation is not finite")
         elif bool((self.std < 0).any()):

@@ -24,7 +24,7 @@ class SplitConfig:
 
     subunits: M, sub-units a neuron at most, half of them for each end; tokens: N, calibration tokens at each end;
     per_image: tokens one image may give to one end; outlier: a token whose input norm exceeds this multiple of the
-    median norm is not used (register-like artefacts); seed: of the k-means seeds and of the token sample.
+    median norm is not used (register-like artefacts); seed: of the neurons' k-means and of the token sample.
     """
 
     subunits: int = 8

@@ -68,14 +68,15 @@ def concept_mean(partition: Partition, token_type: int, concept: int) -> Tensor:
 def concept_readout(weight: Tensor, partition: Partition, token_type: int, groups: int = 1) -> tuple[Tensor, Tensor]:
     """The linear read-out of all concept activations, `rest` last.
 
-    A concept's activation is the mean over its live members of t_km / std_km (interface: term *activation*), which is
-    linear in x: p = A x + a. Returns A [K + 1, groups * n, q] and a [K + 1], in the dtype of `weight`.
+    A concept's activation is the mean over its live members of sign_km t_km / std_km (interface: term *activation*),
+    which is linear in x: p = A x + a. Returns A [K + 1, groups * n, q] and a [K + 1], in the dtype of `weight`.
     """
     neurons, inputs, positions = weight.shape
     concepts, live = partition.concept_slots(token_type), partition.live(token_type)
     total = partition.concepts(token_type) + 1
     size = weight.new_zeros(total).index_add_(0, concepts.flatten(), live.flatten().to(weight.dtype))
-    scale = live.to(weight.dtype) / partition.member_std(token_type).to(weight.dtype) / size.clamp(min=1)[concepts]
+    signed = live.to(weight.dtype) * partition.sign[token_type].to(weight.dtype)
+    scale = signed / partition.member_std(token_type).to(weight.dtype) / size.clamp(min=1)[concepts]
     slots = partition.slots(token_type)
     edges = weight * scale.gather(1, slots)[..., None]
     group = neuron_groups(neurons, groups, weight.device)

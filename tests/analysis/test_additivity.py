@@ -137,7 +137,7 @@ def test_a_concepts_activation_is_the_mean_z_score_of_its_live_members(case: str
         for feature in state.concept_features(t):
             slot = state.slot(feature)
             z = [
-                (sums[:, tokens, k, m] - partition.mean[t, k, m]) / partition.std[t, k, m]
+                partition.sign[t, k, m] * (sums[:, tokens, k, m] - partition.mean[t, k, m]) / partition.std[t, k, m]
                 for k, m in (partition.concept_slots(t) == slot).nonzero().tolist()
                 if float(partition.std[t, k, m]) > 0
             ]

@@ -31,7 +31,7 @@ def exact_activation(r: Rewritten, layer: str, changes: dict[str, Tensor] | None
     layer a sub-unit."""
     base, state, p = copy.deepcopy(r.base).double(), r.model.state(layer), r.model.state(layer).partition
     modules = dict(base.named_modules())
-    wide = Partition(p.edges, p.counts, p.mean.double(), p.std.double(), p.concept)
+    wide = Partition(p.edges, p.counts, p.mean.double(), p.std.double(), p.concept, p.sign)
 
     def activation(images: Tensor, feature: Feature, token: int) -> Tensor:
         kept: list[Tensor] = []
@@ -50,7 +50,7 @@ def exact_activation(r: Rewritten, layer: str, changes: dict[str, Tensor] | None
         if feature.neuron is not None:
             return centred[:, feature.neuron, slot]
         members = (wide.concept_slots(t) == slot) & (wide.std[t] > 0)
-        return (centred / wide.std[t])[:, members].mean(-1)
+        return (centred / wide.std[t] * wide.sign[t])[:, members].mean(-1)
 
     return activation
 

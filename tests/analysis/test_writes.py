@@ -56,8 +56,8 @@ def test_a_write_is_the_sum_of_its_members(split: tuple[SplitState, torch.Tensor
         write = state.feature_write(feature)
         assert write.neurons.tolist() == members.any(1).nonzero()[:, 0].tolist()
         assert write.rows.shape[0] == len(write.neurons)
-        std = (state.partition.std[feature.token_type] * members).sum(1)[write.neurons]
-        torch.testing.assert_close(write.std, std)
+        signed = state.partition.std[feature.token_type] * state.partition.sign[feature.token_type]
+        torch.testing.assert_close(write.rise, (signed * members).sum(1)[write.neurons])
 
 
 def test_writes_are_kept_but_not_without_end(split: tuple[SplitState, torch.Tensor]) -> None:

@@ -22,22 +22,23 @@ from elude_runtime.partition.concepts import (
 
 def example(
     seed: int, tokens: int = 50, neurons: int = 6, subunits: int = 4
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(centred [S, d, M + 1], std, counts) with unused numbers and one dead sub-unit."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(centred [S, d, M + 1], std, counts, weight) with unused numbers and one dead sub-unit."""
     g = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, subunits + 1, (neurons,), generator=g).to(torch.uint8)
     centred = torch.randn(tokens, neurons, subunits + 1, generator=g)
     centred[:, :, :subunits] *= torch.arange(subunits) < counts.long()[:, None]
     centred[:, 0, 0] = 0
-    return centred, centred.std(0, correction=0), counts
+    return centred, centred.std(0, correction=0), counts, torch.randn(neurons, 12, generator=g)
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), concepts=st.integers(1, 30))
 def test_every_live_subunit_is_in_one_concept_and_none_is_empty(seed: int, concepts: int) -> None:
-    centred, std, counts = example(seed)
-    found = group_concepts(centred, std, counts, concepts, seed=0)
-    assert found.shape == std.shape
+    centred, std, counts, weight = example(seed)
+    found, sign = group_concepts(centred, std, counts, weight, concepts)
+    assert found.shape == sign.shape == std.shape
+    assert set(sign.flatten().tolist()) <= {1, -1}
     assert bool((found[:, -1] == REST_CONCEPT).all())
     named = (torch.arange(std.shape[1]) < counts.long()[:, None]) & (std > 0)
     assert bool((found[~named] == REST_CONCEPT).all())
@@ -49,35 +50,61 @@ def test_every_live_subunit_is_in_one_concept_and_none_is_empty(seed: int, conce
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_concepts_are_numbered_by_their_share_of_variance(seed: int) -> None:
-    centred, std, counts = example(seed)
-    found = group_concepts(centred, std, counts, 5, seed=1)
+    centred, std, counts, weight = example(seed)
+    found, _ = group_concepts(centred, std, counts, weight, 5)
     total = len(set(found[found != REST_CONCEPT].tolist()))
     share = concept_share(centred, found, total)[:total].tolist()
     assert share == sorted(share, reverse=True)
 
 
-def test_coactive_subunits_are_grouped_whatever_their_size() -> None:
+def test_coactive_subunits_are_grouped_whatever_their_size_and_sign() -> None:
     g = torch.Generator().manual_seed(3)
     sources = torch.randn(80, 3, generator=g)
     which = torch.randint(0, 3, (10, 4), generator=g)
+    factor = torch.randn(10, 4, generator=g).sign() * 10 ** torch.randn(10, 4, generator=g)
     centred = torch.zeros(80, 10, 5)
-    centred[..., :4] = sources[:, which] * (10 ** torch.randn(10, 4, generator=g)) + 1e-4 * torch.randn(
-        80, 10, 4, generator=g
-    )
+    centred[..., :4] = sources[:, which] * factor + 1e-4 * torch.randn(80, 10, 4, generator=g)
     counts = torch.full((10,), 4, dtype=torch.uint8)
-    found = group_concepts(centred, centred.std(0, correction=0), counts, 3, seed=0)[:, :4]
-    assert len({(int(a), int(b)) for a, b in zip(which.flatten(), found.flatten(), strict=True)}) == 3
+    std = centred.std(0, correction=0)
+    found, sign = group_concepts(centred, std, counts, torch.randn(10, 20, generator=g), 3)
+    assert found[:, :4].unique().numel() == 3
+    members = zip(which.flatten(), found[:, :4].flatten(), strict=True)
+    assert len({(int(a), int(b)) for a, b in members}) == 3
+    relative = sign[:, :4] * factor.sign()
+    assert all(relative[which == source].unique().numel() == 1 for source in range(3))
 
 
-def test_same_seed_same_concepts() -> None:
-    centred, std, counts = example(4)
-    first, again = (group_concepts(centred, std, counts, 4, seed=7) for _ in range(2))
-    assert torch.equal(first, again)
+def test_the_positive_end_is_that_of_the_neuron_it_began_at() -> None:
+    g = torch.Generator().manual_seed(8)
+    source = torch.randn(60, generator=g)
+    centred = torch.zeros(60, 2, 3)
+    centred[:, 0, 0], centred[:, 0, 1], centred[:, 1, 0] = 3 * source, source, -source
+    weight = torch.tensor([[0.0, 1.0], [5.0, 0.0]])  # the second row is longer: the concept begins there
+    std, counts = centred.std(0, correction=0), torch.tensor([2, 1], dtype=torch.uint8)
+    found, sign = group_concepts(centred, std, counts, weight, 1)
+    assert found[:, :2].tolist() == [[0, 0], [0, REST_CONCEPT]]
+    assert sign.tolist() == [[-1, -1, 1], [1, 1, 1]]
+
+
+def test_more_concepts_than_distinct_neurons() -> None:
+    g = torch.Generator().manual_seed(9)
+    sources = torch.randn(200, 4, generator=g)
+    centred = torch.zeros(200, 1, 5)
+    centred[:, 0, :4] = sources
+    std, counts = centred.std(0, correction=0), torch.tensor([4], dtype=torch.uint8)
+    found, _ = group_concepts(centred, std, counts, torch.ones(1, 6), 4)
+    assert found[0, :4].unique().numel() > 1
+
+
+def test_twice_the_same() -> None:
+    first, again = (group_concepts(*example(4), 4) for _ in range(2))
+    assert all(map(torch.equal, first, again))
 
 
 def test_a_layer_that_never_varies() -> None:
     centred = torch.zeros(10, 3, 4)
-    found = group_concepts(centred, torch.zeros(3, 4), torch.full((3,), 3, dtype=torch.uint8), 4, seed=0)
+    counts = torch.full((3,), 3, dtype=torch.uint8)
+    found, _ = group_concepts(centred, torch.zeros(3, 4), counts, torch.randn(3, 5), 4)
     assert bool((found == REST_CONCEPT).all())
     assert concept_share(centred, found, 0).tolist() == [0.0]
 
@@ -85,8 +112,8 @@ def test_a_layer_that_never_varies() -> None:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_shares_are_covariances_with_the_output_and_add_up(seed: int) -> None:
-    centred, std, counts = example(seed)
-    concept = group_concepts(centred, std, counts, 4, seed=0)
+    centred, std, counts, weight = example(seed)
+    concept, _ = group_concepts(centred, std, counts, weight, 4)
     total = len(set(concept[concept != REST_CONCEPT].tolist()))
     values = centred.double().numpy()
     y = values.sum(2)
@@ -103,14 +130,15 @@ def test_shares_are_covariances_with_the_output_and_add_up(seed: int) -> None:
     assert float(concept_share(centred, concept, total).sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_activation_is_the_mean_z_score_of_live_members() -> None:
-    centred, std, counts = example(5)
-    concept = group_concepts(centred, std, counts, 4, seed=0)
+def test_activation_is_the_mean_signed_z_score_of_live_members() -> None:
+    centred, std, counts, weight = example(5)
+    concept, sign = group_concepts(centred, std, counts, weight, 4)
+    assert -1 in sign
     total = len(set(concept[concept != REST_CONCEPT].tolist()))
-    found = concept_activation(centred, std, concept, total)
+    found = concept_activation(centred, std, concept, sign, total)
     for c in [*range(total), REST_CONCEPT]:
         members = [(k, m) for k in range(6) for m in range(5) if int(concept[k, m]) == c and float(std[k, m]) > 0]
-        expected = sum(centred[:, k, m] / std[k, m] for k, m in members) / len(members)
+        expected = sum(sign[k, m] * centred[:, k, m] / std[k, m] for k, m in members) / len(members)
         torch.testing.assert_close(found[:, total if c == REST_CONCEPT else c], expected, rtol=1e-4, atol=1e-5)
 
 

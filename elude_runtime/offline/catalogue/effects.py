@@ -38,16 +38,16 @@ class Directions:
 
 
 def directions(state: SplitState, own: TypeFeatures) -> Directions:
-    """Rows for the concepts (every member risen by one standard deviation of the concept's activation, in its own
-    standard deviations), then for the neurons with a sub-unit among the features (risen by the root mean square of
-    their sub-units' standard deviations)."""
+    """Rows for the concepts (every member moved, by its sign, by one standard deviation of the concept's activation, in
+    its own standard deviations), then for the neurons with a sub-unit among the features (risen by the root mean square
+    of their sub-units' standard deviations)."""
     neurons = torch.tensor([-1 if f.neuron is None else f.neuron for f in own.features], dtype=torch.int64)
     concepts = int((neurons < 0).sum())
     std = own.std
     change = torch.zeros(concepts, state.linear.neurons)
     for row, feature in enumerate(own.features[:concepts]):
         write = state.feature_write(feature)
-        change[row, write.neurons.cpu()] = write.std.cpu() * std[row]
+        change[row, write.neurons.cpu()] = write.rise.cpu() * std[row]
     used, which = neurons[concepts:].unique(return_inverse=True)
     count = torch.bincount(which, minlength=len(used))
     square = torch.zeros(len(used)).index_add_(0, which, std[concepts:].square())

@@ -13,7 +13,14 @@ from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
 from elude_runtime.offline.feature_matching import shuffle_concepts, shuffle_edges
 from elude_runtime.partition import Partition
-from elude_runtime.partition.sums import concept_readout, full_width, neuron_groups, subunit_weight, wide_weight
+from elude_runtime.partition.sums import (
+    concept_readout,
+    full_width,
+    neuron_groups,
+    subunit_weight,
+    sum_edges,
+    wide_weight,
+)
 
 CONCEPTS, SUBUNITS = "concepts", "sub-units"
 RANDOM_CONCEPTS, RANDOM_SUBUNITS = "random concepts", "random sub-units"
@@ -51,16 +58,17 @@ class Split:
 def own_split(state: SplitState, token_type: int, inputs: Tensor) -> Split:
     """The checkpoint's partition; inputs [S, G n q] of calibration tokens."""
     whole, t = state.partition, slice(token_type, token_type + 1)
-    own = Partition(*(x[t].cpu() for x in (whole.edges, whole.counts, whole.mean, whole.std, whole.concept)))
+    own = Partition(*(getattr(whole, f.name)[t].cpu() for f in fields(whole)))
     weight = state.linear.weight().cpu()
     *_, share = _statistics(weight, state.linear.groups, own, inputs)
     return Split(weight, state.linear.groups, own, share)
 
 
 def random_split(split: Split, inputs: Tensor, seed: int) -> Split:
-    """Edges dealt anew among each neuron's sub-units, and sub-units among concepts; sizes, signs and `rest` kept.
+    """Edges dealt anew among a neuron's sub-units, and sub-units among concepts; `rest`, sizes and edges' signs kept.
 
-    The sign of an edge says a good deal about its sub-unit, so a control without it would be too easy to beat.
+    The sign of an edge says a good deal about its sub-unit, and members that cancel out would be no concept, so a
+    control without either would be too easy to beat: a sub-unit counts with the sign that it correlates with.
     """
     generator = torch.Generator().manual_seed(seed)
     slots = shuffle_edges(split.partition.slots(0), split.weight.sum(-1).sign(), generator)
@@ -81,7 +89,22 @@ def _with(split: Split, slots: Tensor, counts: Tensor, concept: Tensor, inputs: 
     edges = torch.where(slots == split.partition.subunits, 255, slots).to(torch.uint8)
     made = replace(split.partition, edges=edges[None], counts=counts[None], concept=concept[None])
     mean, std, share = _statistics(split.weight, split.groups, made, inputs)
-    return replace(split, partition=replace(made, mean=mean[None], std=std[None]), share=share)
+    made = replace(made, mean=mean[None], std=std[None], sign=torch.ones_like(made.sign))
+    return replace(split, partition=replace(made, sign=_agreeing_signs(split, made, inputs)[None]), share=share)
+
+
+def _agreeing_signs(split: Split, partition: Partition, inputs: Tensor) -> Tensor:
+    """int8 [d, M + 1]: of every sub-unit, the sign of its correlation with the plain mean of its concept's members."""
+    readout, _ = concept_readout(split.weight, partition, 0, split.groups)
+    sample = inputs[:: max(1, len(inputs) // _SAMPLE)]
+    sample = sample - sample.mean(0)
+    along = (sample @ readout.flatten(1).T).T @ sample  # [K + 1, G n q]: covariance of every input with each mean
+    weight, slots = split.weight, partition.slots(0)
+    by_input = along.unflatten(1, (split.groups, *weight.shape[1:]))  # [K + 1, G, n, q]
+    own, edges = neuron_groups(len(weight), split.groups), partition.edge_concepts(0)  # [d], [d, n]
+    inputs_of = torch.arange(weight.shape[1])
+    moved = (weight * by_input[edges, own[:, None], inputs_of]).sum(-1)  # [d, n]
+    return torch.where(sum_edges(moved, slots, partition.subunits + 1) < 0, -1, 1).to(torch.int8)
 
 
 def _statistics(weight: Tensor, groups: int, partition: Partition, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,94 @@
+"""Diametrical clustering: points that lie along one line are one cluster, at whichever end of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PARALLEL = 1e-9  # of a row's squared length: what is left of it when it lies in the span of the others
+
+
+def diametrical(points: Tensor, seeds: Tensor, clusters: int, iterations: int = 25) -> tuple[Tensor, Tensor]:
+    """At most `clusters` clusters of points [L, S] up to their sign: labels int64 [L], those of the seeds [K, S] that
+    they began at, and signs [L], 1 or -1, along the cluster's line.
+
+    As Dhillon, Marcotte & Roshan (Bioinformatics 2003) have it, with the signed mean of the members as a cluster's line
+    in place of their leading singular vector. Each seed is first replaced by its pattern, the points weighted by their
+    product with it, which is clearer than the seed itself (RESEARCH.md). With more seeds than clusters, those with the
+    fewest members are given up once the others have settled, and the rest settle again. The positive end of a cluster
+    is its seed's. Ties go to the lower index.
+    """
+    lines = _unit((_unit(seeds) @ points.T) @ points)
+    kept = torch.arange(len(lines))
+    while True:
+        labels, signs, lines = _settle(points, lines, iterations)
+        sizes = torch.bincount(labels, minlength=len(lines))
+        extra = int((sizes > 0).sum()) - clusters
+        if extra <= 0:
+            return kept[labels], signs
+        order = torch.where(sizes > 0, sizes, len(points) + 1).argsort(stable=True)
+        chosen = order[extra : extra + clusters].sort().values
+        kept, lines = kept[chosen], lines[chosen]
+
+
+def _settle(points: Tensor, lines: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lloyd's steps until no point changes its line: (labels [L], signs [L], lines [K, S])."""
+    labels, signs = _nearest(points, lines)
+    for _ in range(iterations):
+        lines = _unit(torch.zeros_like(lines).index_add_(0, labels, points * signs[:, None]))
+        before = labels
+        labels, signs = _nearest(points, lines)
+        if torch.equal(labels, before):
+            break
+    return labels, signs, lines
+
+
+def _nearest(points: Tensor, lines: Tensor) -> tuple[Tensor, Tensor]:
+    """The line of every point, that of the largest product, and the product's sign."""
+    products = points @ lines.T
+    labels = products.abs().argmax(1)
+    along = products.gather(1, labels[:, None])[:, 0]
+    return labels, torch.where(along < 0, -1, 1).to(points.dtype)
+
+
+def distinct_rows(weight: Tensor, number: int) -> list[int]:
+    """At most `number` rows of weight [d, m], each the one that those before explain least: QR with column pivoting
+    (Golub 1965), up to the matrix's rank."""
+    chosen: list[int] = []
+    weight = weight.double()
+    lengths = weight.square().sum(1)
+    left, basis = lengths.clone(), weight.new_zeros(0, weight.shape[1])
+    while len(chosen) < min(number, len(weight)):
+        best = int(left.argmax())
+        if not left[best] > _PARALLEL * lengths[best]:
+            break
+        row = weight[best]
+        for _ in range(2):  # once more, for what rounding left
+            row = row - (basis @ row) @ basis
+        row = row / row.norm()
+        basis = torch.cat([basis, row[None]])
+        left = (left - (weight @ row).square()).clamp(min=0)
+        left[best] = 0
+        chosen.append(best)
+    return chosen
+
+
+def farthest(points: Tensor, seeds: Tensor, number: int) -> Tensor:
+    """seeds [K, S] and after them points [L, S], each the one least along any of those before: [number, S].
+
+    number: no more than K + L."""
+    if len(seeds) >= number:
+        return seeds[:number]
+    units = _unit(points)
+    along = (units @ _unit(seeds).T).abs().amax(1) if len(seeds) else points.new_zeros(len(points))
+    chosen: list[int] = []
+    while len(seeds) + len(chosen) < number:
+        chosen.append(int(along.argmin()))
+        along = torch.maximum(along, (units @ units[chosen[-1]]).abs())
+        along[chosen] = torch.inf
+    return torch.cat([seeds, points[chosen]])
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows at unit length; zero ones stay zero."""
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
