@@ -95,7 +95,8 @@ class Reference:
             return float(self.t[token][members])
         std = self.state.partition.std[feature.token_type].double()
         live = members & (std > 0)
-        return float((self.t[token][live] / std[live]).mean()) if live.any() else 0.0
+        sign = self.state.partition.sign[feature.token_type]
+        return float((sign[live] * self.t[token][live] / std[live]).mean()) if live.any() else 0.0
 
     def acts(self, edit: Edit, token: int, window: Window = WHOLE) -> bool:
         feature = parse_feature(edit.feature, [self.state.name])
@@ -120,7 +121,7 @@ class Reference:
         move = MOVES[edit.mode](a, value) - a
         if feature.neuron is not None:
             return torch.where(members, move, 0.0).double()
-        return torch.where(members & (std > 0), move * std, 0)
+        return torch.where(members & (std > 0), move * std * self.state.partition.sign[feature.token_type], 0)
 
     def change(
         self,

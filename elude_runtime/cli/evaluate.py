@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from elude_runtime.offline.evaluation.result import LayerResult
 
 
+_KEPT_BYTES = 256 << 20  # freed memory that the many passes use again
+
+
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT")],
     images: Annotated[str, typer.Option(help=options.IMAGES)] = ...,  # type: ignore[assignment]
@@ -84,11 +87,13 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json.")] = False,
 ) -> None:
     """Score features on images that calibrated nothing: clarity, stability, faithfulness, against all baselines."""
+    from elude_runtime.api.memory import keep_freed
     from elude_runtime.offline.evaluation.options import EvaluateOptions
     from elude_runtime.offline.evaluation.plots import need_matplotlib
     from elude_runtime.offline.evaluation.run import evaluate as run
 
     need_matplotlib()  # before the work, not after it
+    keep_freed(_KEPT_BYTES)
 
     wanted = EvaluateOptions(
         neurons, _baselines(baselines), draws, effect_images, stability, random_network, fidelity_images, seed=seed

@@ -65,7 +65,8 @@ def group_concepts(
     Clusters begin at neurons, those whose rows are the most distinct, so that the same weights begin at the same places
     whatever the images are; at twice as many as there are to be concepts, so that what few sub-units follow can be
     given up. Where the layer has fewer such neurons, the profiles least alike come after them. What one sub-unit does
-    and another undoes is one concept, not two. There may be fewer concepts than asked for.
+    and another undoes is one concept, not two. There may be fewer concepts than asked for. A concept's positive end is
+    that of the longer tail, where the tokens are that move it most.
 
     Sub-units that never vary and the background ones go to the background concept. Returns int32 [d, M + 1] and int8
     [d, M + 1] (1 or -1); concepts are numbered by their share of the output's variance, largest first.
@@ -84,8 +85,11 @@ def group_concepts(
         anchors = centred[:, distinct_rows(weight, begin)].sum(2).T  # [at most 2 K, S]
         found, signs = diametrical(profiles, farthest(profiles, anchors, begin), number)
         labels = found.unique(return_inverse=True)[1]
-        out[live], sign[live] = labels.to(torch.int32), signs.to(torch.int8)
         number = int(labels.max()) + 1
+        activations = torch.zeros(number, len(centred)).index_add_(0, labels, profiles * signs[:, None])
+        activations -= activations.mean(1, keepdim=True)
+        signs = torch.where(activations.pow(3).mean(1) < 0, -1, 1)[labels] * signs
+        out[live], sign[live] = labels.to(torch.int32), signs.to(torch.int8)
         order = concept_share(centred, out.view(std.shape), number)[:number].argsort(descending=True, stable=True)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(number)

@@ -31,6 +31,7 @@ from elude_runtime.checkpoint.storage import (
     write_tensors,
 )
 from elude_runtime.errors import CheckpointError, EludeError, StorageError
+from elude_runtime.offline.feature_table import read_table, replace_table
 
 PARTITION = f"elude.{SECOND}.partition"
 
@@ -50,7 +51,7 @@ def test_there_and_back(vit: Rewritten) -> None:
     assert all(base[n].dtype == t.dtype and torch.equal(base[n], t) for n, t in expected.items())
     for name, partition in partitions.items():
         held = vit.model.state(name).partition
-        for part in ("edges", "counts", "mean", "std", "concept"):
+        for part in ("edges", "counts", "mean", "std", "concept", "sign"):
             assert torch.equal(getattr(partition, part), getattr(held, part))
 
 
@@ -62,6 +63,7 @@ def test_tensors_have_the_names_and_types_of_the_interface(vit: Rewritten) -> No
         "mean": (torch.float32, (2, 32, 5)),
         "std": (torch.float32, (2, 32, 5)),
         "concept": (torch.uint16, (2, 32, 5)),
+        "sign": (torch.int8, (2, 32, 5)),
     }
     for part, (dtype, shape) in shapes.items():
         tensor = stored[f"elude.{SECOND}.{part}"]
@@ -96,7 +98,7 @@ def test_partitions_of_any_kind_there_and_back(vit: Rewritten) -> None:
     entry = vit.model.manifest.layers[1]
     partition = random_partition(3, entry.neurons, entry.inputs, types=2, subunits=entry.subunits)
     again = read_partition(partition_tensors(entry.name, partition), entry)
-    for part in ("edges", "counts", "mean", "std", "concept"):
+    for part in ("edges", "counts", "mean", "std", "concept", "sign"):
         assert torch.equal(getattr(again, part), getattr(partition, part))
 
 
@@ -185,6 +187,18 @@ class TestDamage:
         refused(
             tamper(vit.path, tmp_path / "c", lambda t: t.update({name: t[name].to(torch.int64)})), "the manifest says"
         )
+
+    def test_a_checkpoint_from_before_members_could_fall(self, vit: Rewritten, tmp_path: Path) -> None:
+        """Without signs every member rises with its concept."""
+        path = tamper(vit.path, tmp_path / "a", lambda t: [t.pop(f"elude.{name}.sign") for name in vit.model.layers])  # type: ignore[arg-type,return-value]
+        table = read_table(path)
+        replace_table(path, table.drop_columns("sign"))
+        assert set(read_table(path)["sign"].to_pylist()) == {1}
+        for name in vit.model.layers:
+            held, old = vit.model.state(name).partition, elude.load(path).state(name).partition
+            assert bool((old.sign == 1).all()) and bool((held.sign == -1).any())
+            assert torch.equal(old.concept, held.concept)
+        refused(tamper(vit.path, tmp_path / "b", lambda t: t[f"elude.{SECOND}.sign"].fill_(2)), "neither 1 nor -1")  # type: ignore[arg-type,return-value]
 
     def test_a_base_tensor_that_is_gone(self, vit: Rewritten, tmp_path: Path) -> None:
         path = tamper(vit.path, tmp_path / "c", lambda t: t.pop("head.weight"))  # type: ignore[arg-type,return-value]

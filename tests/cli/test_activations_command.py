@@ -57,7 +57,7 @@ def expected(network: Rewritten, layer: str, files: list[Path], batch: int) -> E
     """From the pictures themselves: the layer's input, caught by a hook, times the stored weights of each sub-unit."""
     x, y = caught(network.base, layer, files, network.data, batch)
     stored = load_file(network.path / "model.safetensors")
-    part = {k: stored[f"elude.{layer}.{k}"] for k in ("partition", "mean", "std", "concept")}
+    part = {k: stored[f"elude.{layer}.{k}"] for k in ("partition", "mean", "std", "concept", "sign")}
     weight = stored[f"{layer}.weight"].astype(np.float64)
     bias = stored.get(f"{layer}.bias", np.zeros(len(weight)))
     if x.ndim == 4:  # a convolution over single pixels: each is a token
@@ -74,6 +74,7 @@ def expected(network: Rewritten, layer: str, files: list[Path], batch: int) -> E
     for t, (own, letter) in enumerate(zip(types, "PC", strict=False)):
         slots = np.where(part["partition"][t] == 255, width - 1, part["partition"][t])
         mean, std, concept = (part[k][t].astype(np.float64) for k in ("mean", "std", "concept"))
+        signed = std * part["sign"][t]
         for slot in range(width):
             tokens[:, own, :, slot] = x[:, own] @ np.where(slots == slot, weight, 0).T - mean[:, slot]
         centre[own] = bias + mean.sum(-1)
@@ -82,7 +83,7 @@ def expected(network: Rewritten, layer: str, files: list[Path], batch: int) -> E
             members = (concept == (65535 if name == "rest" else int(name))) & (std > 0)
             found = np.zeros(y.shape[:2])
             if members.any():
-                found[:, own] = (tokens[:, own][:, :, members] / std[members]).mean(-1)
+                found[:, own] = (tokens[:, own][:, :, members] / signed[members]).mean(-1)
             concepts[f"{layer}/{letter}{name}"] = found
     return Expected(y, centre, tokens, types, concepts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -194,7 +195,7 @@ class TestKnownChanges:
         def change(stored: dict[str, Tensor]) -> None:
             edges = stored[f"elude.{SECOND}.partition"][0, neuron]
             edges[edges != 255] = 3 - edges[edges != 255]
-            for part in ("mean", "std"):
+            for part in ("mean", "std", "sign"):
                 tensor = stored[f"elude.{SECOND}.{part}"][0, neuron]
                 tensor[:4] = tensor[:4].flip(0)
             concept = stored[f"elude.{SECOND}.concept"].to(torch.int32)
@@ -211,8 +212,18 @@ class TestKnownChanges:
     def test_a_merge_and_the_split_that_undoes_it(self, vit: Rewritten, images: Tensor, tmp_path: Path) -> None:
         """Two concepts with about equally many members become one: each half is found in the whole."""
         acts = vit.model.concepts(images, SECOND)[:, 1:, :6].flatten(0, 1).double().numpy()
-        similar = np.abs(np.corrcoef(acts.T))
-        a, b = sorted(int(i) for i in np.unravel_index(similar.argmin(), similar.shape))
+        sizes = vit.model.state(SECOND).indices(0).concept_slots.flatten().bincount()[:6].numpy()
+
+        def distinctness(pair: tuple[int, int]) -> float:
+            """By how much the less alike of the two is more like their whole than any other concept."""
+            whole = acts[:, pair] @ sizes[list(pair)]
+            alike = np.corrcoef(acts.T, whole)[-1, :-1]
+            one, other = alike[list(pair)]
+            if 1 - max(one, other) ** 2 < 0.25:  # what is left without the other; made of two only if it is a part
+                return -np.inf
+            return min(one, other) - max(np.delete(alike, pair))
+
+        a, b = max(itertools.combinations(range(6), 2), key=distinctness)
         order = [i if i < b else a if i == b else i - 1 for i in range(6)]
         changed = tamper(vit.path, tmp_path / "c", permuted(SECOND, order))
         merged, halves = f"{SECOND}/P{a}", {f"{SECOND}/P{a}", f"{SECOND}/P{b}"}

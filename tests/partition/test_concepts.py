@@ -74,16 +74,17 @@ def test_coactive_subunits_are_grouped_whatever_their_size_and_sign() -> None:
     assert all(relative[which == source].unique().numel() == 1 for source in range(3))
 
 
-def test_the_positive_end_is_that_of_the_neuron_it_began_at() -> None:
-    g = torch.Generator().manual_seed(8)
-    source = torch.randn(60, generator=g)
+@pytest.mark.parametrize("tail", [1, -1])
+def test_the_positive_end_is_that_of_the_longer_tail(tail: int) -> None:
+    source = tail * torch.rand(60, generator=torch.Generator().manual_seed(8)).pow(4)
+    source -= source.mean()
     centred = torch.zeros(60, 2, 3)
     centred[:, 0, 0], centred[:, 0, 1], centred[:, 1, 0] = 3 * source, source, -source
-    weight = torch.tensor([[0.0, 1.0], [5.0, 0.0]])  # the second row is longer: the concept begins there
     std, counts = centred.std(0, correction=0), torch.tensor([2, 1], dtype=torch.uint8)
-    found, sign = group_concepts(centred, std, counts, weight, 1)
+    found, sign = group_concepts(centred, std, counts, torch.randn(2, 2), 1)
     assert found[:, :2].tolist() == [[0, 0], [0, REST_CONCEPT]]
-    assert sign.tolist() == [[-1, -1, 1], [1, 1, 1]]
+    assert (tail * sign[found == 0]).tolist() == [1, 1, -1]
+    assert bool((sign[found == REST_CONCEPT] == 1).all())
 
 
 def test_more_concepts_than_distinct_neurons() -> None:

@@ -33,6 +33,7 @@ def test_a_well_formed_partition_has_no_problems() -> None:
         ("mean", (1, 0, 0), float("nan"), "not finite"),
         ("std", (1, 0, 0), float("inf"), "not finite"),
         ("std", (0, 4, 1), -0.5, "negative"),
+        ("sign", (0, 4, 1), 0, "neither 1 nor -1"),
     ],
 )
 def test_each_fault_is_named(part: str, place: tuple[int, ...], value: float, said: str) -> None:

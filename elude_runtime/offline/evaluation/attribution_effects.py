@@ -32,6 +32,7 @@ from elude_runtime.offline.images import ImageSource, Progress
 STEPS = {GRADIENT: None, INTEGRATED: ExplainOptions().steps}
 LEVELS = ("concepts", "subunits")
 SETS = ("top", "top positive", "top negative", "random")
+WANTED = ("top", "random")  # in an evaluation
 OWN, RANDOM = "own", "random partition"
 TOP = 10  # features of a set
 _ALL = 2**31
@@ -91,9 +92,10 @@ def layer_agreements(
     *,
     states: Mapping[str, SplitState] | None = None,
     token_type: int | None = None,
+    wanted: Sequence[str] = SETS,
 ) -> dict[tuple[str, str, str], list[Agreement]]:
-    """By method, level and set of features (`SETS`, each of `top` features), the agreement in every image of a recorded
-    pass. states: whose features; default: the model's own. token_type: features of this one alone."""
+    """By method, level and set of features (those `wanted`, each of `top` features), the agreement in every image of a
+    recorded pass. states: whose features; default: the model's own. token_type: features of this one alone."""
     sets: dict[tuple[str, str, str], list[list[tuple[Feature, float]]]] = {}
     for method, steps in STEPS.items():
         for attributions in layer_attributions(model, recording, layer, targets, steps, states=states):
@@ -105,11 +107,11 @@ def layer_agreements(
                     "top negative": [fa for fa in listed if fa[1] < 0][:top],
                     "random": draws.sample(listed, min(top, len(listed))),
                 }
-                for name, features in chosen.items():
-                    sets.setdefault((method, level, name), []).append(features)
+                for name in wanted:
+                    sets.setdefault((method, level, name), []).append(chosen[name])
     rows = range(len(targets))
-    wanted = [list(dict.fromkeys(f for by_row in sets.values() for f, _ in by_row[row])) for row in rows]
-    true = true_effects(model, recording, layer, targets, wanted, states=states)
+    features = [list(dict.fromkeys(f for by_row in sets.values() for f, _ in by_row[row])) for row in rows]
+    true = true_effects(model, recording, layer, targets, features, states=states)
     return {
         key: [Agreement.of([a for _, a in by_row[row]], [true[row][f] for f, _ in by_row[row]]) for row in rows]
         for key, by_row in sets.items()
@@ -205,7 +207,7 @@ def measure_agreement(
         targets = [Target(int(index)) for index in recording.logits.argmax(-1)]
         for name, states in partitions.items():
             agreements = layer_agreements(
-                model, recording, layer, targets, TOP, draws[name], states=states, token_type=token_type
+                model, recording, layer, targets, TOP, draws[name], states=states, token_type=token_type, wanted=WANTED
             )
             for key, by_image in agreements.items():
                 found.setdefault((name, *key), []).extend(by_image)
