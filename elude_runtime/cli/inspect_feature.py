@@ -18,6 +18,7 @@ from elude_runtime.errors import CheckpointError, FeatureError, did_you_mean
 if TYPE_CHECKING:
     from elude_runtime.checkpoint.exemplars import Exemplars
 
+_FALLS = ", falls as the concept rises"
 _SHOWN = {"top": 5, "near_miss": 2}  # exemplars in text; others are in --json
 _MEMBERS = 10
 
@@ -91,9 +92,10 @@ def _print_facts(console: Console, row: dict[str, Any], members: Sequence[dict[s
     if row["stability"] is not None:
         console.print(f"  stability  {row['stability']:.2f}")
     if row["kind"] == "subunit":
-        console.print(f"  concept    {row['concept']}")
+        console.print(f"  concept    {row['concept']}{_FALLS if row['sign'] < 0 else ''}")
     for member in members[:_MEMBERS]:
-        console.print(f"  member     {member['feature']}  {member['size']} edges, share {member['share']:.2%}")
+        falls = _FALLS if member["sign"] < 0 else ""
+        console.print(f"  member     {member['feature']}  {member['size']} edges, share {member['share']:.2%}{falls}")
     if len(members) > _MEMBERS:
         console.print(f"  … and {len(members) - _MEMBERS} more; --json lists them all")
 

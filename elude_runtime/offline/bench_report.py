@@ -139,7 +139,7 @@ def _enlarged(index: dict[str, Any], count: int) -> dict[str, Any]:
     """The index with its features repeated until there are `count`: other names, labels that are told apart."""
     own = len(index["short"])
     copies = -(-count // own)
-    columns = ("layer", "concept", "size", "share", "std", "density", "stability", "cards", "peaks")
+    columns = ("layer", "concept", "sign", "size", "share", "std", "density", "stability", "cards", "peaks")
     texts = [index["label"]["values"][code] for code in index["label"]["codes"]]
     labels = [
         f"{text or 'striped fur'} {row} {copy}" if copy else text

@@ -144,6 +144,7 @@ class ReportData:
             "layer": [place[name] for name in columns["layer"]],
             "short": [n[len(layer) + 1 :] for n, layer in zip(self.names, columns["layer"], strict=True)],
             "concept": [self.row.get(name, -1) for name in columns["concept"]],
+            "sign": columns["sign"],
             "size": columns["size"],
             "label": _words(columns["label"]),
             "source": _words(columns["label_source"]),

@@ -124,7 +124,7 @@
         concept >= 0 && [
           "Concept",
           el("a", { href: features.href(concept) }, parts.titled(features, concept)),
-          "that it joins",
+          features.falls(row) ? "that it joins, falling as the concept rises" : "that it joins",
         ],
     ];
     return el(

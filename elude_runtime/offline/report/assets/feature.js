@@ -74,7 +74,7 @@
     const neurons = new Set(rows.map((one) => features.neuron(one))).size;
     return section(
       "What it is made of",
-      `${format.count(rows.length)} sub-units of ${format.count(neurons)} neurons, largest share first. What they write into the layer's output, added up, is what this concept writes.`,
+      `${format.count(rows.length)} sub-units of ${format.count(neurons)} neurons, largest share first. What they write into the layer's output, added up, is what this concept writes. Those that fall as it rises have their ends the other way round.`,
       list(rows, (one) => parts.card(features, one), "grid"),
     );
   }

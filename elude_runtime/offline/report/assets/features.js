@@ -65,6 +65,10 @@
     concept(row) {
       return this.data.concept[row];
     }
+    /** Whether a sub-unit falls as its concept rises: its negative end goes with the concept's positive one. */
+    falls(row) {
+      return this.data.sign[row] < 0;
+    }
     /** The sub-units of a concept, largest share first. */
     members(row) {
       const found = [];
@@ -215,6 +219,9 @@
           { class: "meta" },
           named(features, row),
           features.tokens(row) === "cls" && el("span", { class: "badge" }, "class token"),
+          !dead &&
+            features.falls(row) &&
+            el("span", { class: "badge", title: "falls as its concept rises: its ends are the other way round" }, "falls"),
           !dead && reach(features, row),
           dead
             ? el("span", { class: "badge" }, "dead")

@@ -115,7 +115,7 @@
           { class: "faint number small", title: "part of the sub-units' summed variance" },
           format.percent(part),
         ),
-        el("span", { class: "joins" }, "joins ", features.short(concept)),
+        el("span", { class: "joins" }, features.falls(row) ? "joins, falling, " : "joins ", features.short(concept)),
       ),
     );
   }
