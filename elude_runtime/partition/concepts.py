@@ -65,8 +65,8 @@ def group_concepts(
     Clusters begin at neurons, those whose rows are the most distinct, so that the same weights begin at the same places
     whatever the images are; at twice as many as there are to be concepts, so that what few sub-units follow can be
     given up. Where the layer has fewer such neurons, the profiles least alike come after them. What one sub-unit does
-    and another undoes is one concept, not two. There may be fewer concepts than asked for. A concept's positive end is
-    that of the longer tail, where the tokens are that move it most.
+    and another undoes is one concept, not two. There may be fewer concepts than asked for, since no two may be nearly
+    the same. A concept's positive end is that of the longer tail, where the tokens are that move it most.
 
     Sub-units that never vary and the background ones go to the background concept. Returns int32 [d, M + 1] and int8
     [d, M + 1] (1 or -1); concepts are numbered by their share of the output's variance, largest first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ALIKE = 0.95  # |correlation| of two clusters' lines beyond which one of them says nothing that the other does not
 _PARALLEL = 1e-9  # of a row's squared length: what is left of it when it lies in the span of the others
 
 
@@ -14,21 +15,29 @@ def diametrical(points: Tensor, seeds: Tensor, clusters: int, iterations: int = 
 
     As Dhillon, Marcotte & Roshan (Bioinformatics 2003) have it, with the signed mean of the members as a cluster's line
     in place of their leading singular vector. Each seed is first replaced by its pattern, the points weighted by their
-    product with it, which is clearer than the seed itself (RESEARCH.md). With more seeds than clusters, those with the
-    fewest members are given up once the others have settled, and the rest settle again. The positive end of a cluster
-    is its seed's. Ties go to the lower index.
+    product with it, which is clearer than the seed itself (RESEARCH.md). Once all have settled, those are given up that
+    lie along a larger one (`ALIKE`), and of more than there are to be the ones with the fewest members; the rest settle
+    again. The positive end of a cluster is its seed's. Ties go to the lower index.
     """
     lines = _unit((_unit(seeds) @ points.T) @ points)
     kept = torch.arange(len(lines))
     while True:
         labels, signs, lines = _settle(points, lines, iterations)
         sizes = torch.bincount(labels, minlength=len(lines))
-        extra = int((sizes > 0).sum()) - clusters
-        if extra <= 0:
+        chosen = _distinct(lines, sizes)[:clusters].sort().values
+        if len(chosen) == int((sizes > 0).sum()):
             return kept[labels], signs
-        order = torch.where(sizes > 0, sizes, len(points) + 1).argsort(stable=True)
-        chosen = order[extra : extra + clusters].sort().values
         kept, lines = kept[chosen], lines[chosen]
+
+
+def _distinct(lines: Tensor, sizes: Tensor) -> Tensor:
+    """Numbers of the lines with members, the largest first, without those that lie along a larger one."""
+    alike = (lines @ lines.T).abs() > ALIKE
+    chosen: list[int] = []
+    for line in sizes.argsort(descending=True, stable=True).tolist():
+        if sizes[line] and not bool(alike[line, chosen].any()):
+            chosen.append(line)
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def _settle(points: Tensor, lines: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:

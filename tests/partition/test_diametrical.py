@@ -49,6 +49,13 @@ def test_seeds_beyond_the_number_of_clusters_are_given_up() -> None:
     assert len(diametrical(points, seeds, 2)[0].unique()) == 2
 
 
+def test_of_clusters_along_one_line_one_is_left() -> None:
+    points, which, _ = lines(5, noise=0.02)
+    labels, _ = diametrical(points, torch.cat([points[:4], points[4:8], points[8:12]]), 12)
+    assert len(labels.unique()) == 4
+    assert len(set(zip(labels.tolist(), which.tolist(), strict=True))) == 4
+
+
 def test_distinct_rows_are_those_of_pivoted_qr() -> None:
     weight = torch.randn(30, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = scipy.linalg.qr(weight.T.numpy(), pivoting=True, mode="economic")[2]
