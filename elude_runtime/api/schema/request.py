@@ -181,7 +181,8 @@ class ScaleEdit(_Edit):
 
 
 class SetEdit(_ValueEdit):
-    """t -> value; a concept's members move by the same number of their own standard deviations."""
+    """t -> value; a concept's members move by the same number of their own standard deviations,
+    each by its sign in the concept."""
 
     mode: Literal["set"]
 
