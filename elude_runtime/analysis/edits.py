@@ -100,11 +100,11 @@ class Edit:
         ablate t' = 0          zero  s' = 0           (these two take no value)
         cap    t' = min(t, v)  floor t' = max(t, v)
 
-    On a concept of activation p (mean of t / std over its live members) scale, ablate and zero act on every member; for
-    set, cap, floor and add p' comes from p in the same way, and every live member moves by (p' - p) of its own standard
-    deviations. An add does not use the split: it shifts y_k whatever the sub-unit. unit "std": v counts calibration
-    standard deviations of the feature's activation. side: only tokens where the unedited activation (t or p) is
-    above ("positive") or below ("negative") zero. when: only images that meet the condition.
+    On a concept of activation p (mean of sign t / std over its live members) scale, ablate and zero act on every
+    member; for set, cap, floor and add p' comes from p in the same way, and every live member moves by sign (p' - p) of
+    its own standard deviations. An add does not use the split: it shifts y_k whatever the sub-unit. unit "std": v
+    counts calibration standard deviations of the feature's activation. side: only tokens where the unedited activation
+    (t or p) is above ("positive") or below ("negative") zero. when: only images that meet the condition.
     """
 
     feature: str

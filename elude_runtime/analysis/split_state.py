@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cached_property
 
 import torch
@@ -24,7 +25,7 @@ from elude_runtime.partition.sums import (
 )
 
 _WRITES_KEPT = 32  # of a layer; each has the weights of its own neurons
-_PARTS = ("edges", "counts", "mean", "std", "concept", "sign")
+_PARTS = tuple(field.name for field in fields(Partition))
 
 
 class TypeIndices:

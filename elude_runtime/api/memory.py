@@ -1,4 +1,4 @@
-"""Memory that a worker keeps between batches."""
+"""Memory that a process keeps between batches."""
 
 from __future__ import annotations
 

@@ -59,13 +59,13 @@ def _print_taken_out(layer: LayerResult) -> None:
 
 
 def _print_agreement(layer: LayerResult) -> None:
-    from elude_runtime.offline.evaluation.attribution_effects import TOP, WANTED
+    from elude_runtime.offline.evaluation.attribution_effects import EVALUATED, TOP
 
-    headings = [f"{kind} {TOP}\n{name}" for kind in WANTED for name in ("Spearman", "slope")]
+    headings = [f"{kind} {TOP}\n{name}" for kind in EVALUATED for name in ("Spearman", "slope")]
     table = table_of("attribution against true effect", *headings)
     rows = {(r.features, r.level, r.method, r.set): r for r in layer.agreement}
     for features, level, method in dict.fromkeys(key[:3] for key in rows):
-        found = [rows[features, level, method, kind] for kind in WANTED]
+        found = [rows[features, level, method, kind] for kind in EVALUATED]
         name = level if features == "own" else f"{level} of a {features}"
         table.add_row(
             f"{name}, {method.replace('_', ' ')}", *(_summary(s) for row in found for s in (row.spearman, row.slope))

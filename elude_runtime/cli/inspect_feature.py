@@ -45,6 +45,7 @@ def show_feature(
         document = {
             **row,
             "members": _names(members),
+            "falling_members": _names([m for m in members if m["sign"] < 0]),
             "siblings": _names(siblings),
             **found.document(),
             "note": note or None,

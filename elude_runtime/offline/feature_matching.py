@@ -15,8 +15,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from elude_runtime.analysis.split_state import SplitState
-from elude_runtime.partition import REST_CONCEPT
-from elude_runtime.partition.sums import concept_readout, neuron_groups
+from elude_runtime.partition import REST_CONCEPT, Partition
+from elude_runtime.partition.sums import concept_readout, neuron_groups, sum_edges
 
 # A feature whose standard deviation is below this part of |weights| · rms(input) varies by the rounding of a float32
 # forward pass only (another place in the batch alone moves outputs by up to 9e-6): it counts as dead.
@@ -85,12 +85,8 @@ class LayerMoments:
 
     def __init__(self, old: SplitState, new: SplitState, token_type: int, *, shared: bool, subunits: bool) -> None:
         self.states, self.token_type, self.shared = (old, new), token_type, shared
-        generator = torch.Generator().manual_seed(0)
-        dealt = shuffle_concepts(new.partition.concept[token_type], generator)
-        concept = new.partition.concept.clone()
-        concept[token_type] = dealt
         self.readouts = [_readout(old, token_type), _readout(new, token_type)]
-        self.random_readout = _readout(new, token_type, concept)
+        self.random_readout: Tensor | None = None  # whose members' signs need inputs
         self.concepts, self.inputs = Moments(), Moments() if subunits else None
         self.power: list[Tensor] = []
         self.count = 0
@@ -102,10 +98,22 @@ class LayerMoments:
         self.power = [a + b for a, b in zip(self.power, power, strict=True)] if self.power else power
         self.count += len(old)
         first, last = reads[0].flatten(1), reads[-1].flatten(1)
+        if self.random_readout is None:
+            self.random_readout = self._random_readout(last)
         after = torch.cat([self.readouts[1], self.random_readout])
         self.concepts.add((first @ self.readouts[0].T)[:, None], (last @ after.T)[:, None])
         if self.inputs is not None:
             self.inputs.add(*reads)
+
+    def _random_readout(self, inputs: Tensor) -> Tensor:
+        """Of the new layer's concepts with their members dealt anew, as `agreeing_signs` says of these inputs."""
+        state, token_type = self.states[1], self.token_type
+        concept = state.partition.concept.clone()
+        concept[token_type] = shuffle_concepts(concept[token_type], torch.Generator().manual_seed(0))
+        dealt, sign = replace(state.partition, concept=concept), state.partition.sign.clone()
+        weight, groups = state.linear.weight(torch.float64), state.linear.groups
+        sign[token_type] = agreeing_signs(weight, groups, dealt, token_type, inputs)
+        return _readout(state, token_type, replace(dealt, sign=sign))
 
     def finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.power)
@@ -113,6 +121,7 @@ class LayerMoments:
     def concept_correlations(self) -> Correlations:
         """All old with all new concepts, `rest` left out: one block."""
         oo, on, nn = self.concepts.covariances()
+        assert self.random_readout is not None  # tokens were added
         rms = self._rms()
         scale = [r.abs() @ rms[i].flatten() for i, r in ((0, self.readouts[0]), (1, self.readouts[1]))]
         noise = torch.cat([scale[1], self.random_readout.abs() @ rms[1].flatten()])
@@ -148,9 +157,9 @@ class LayerMoments:
         return [found[0], found[-1]]
 
 
-def _readout(state: SplitState, token_type: int, concept: Tensor | None = None) -> Tensor:
+def _readout(state: SplitState, token_type: int, partition: Partition | None = None) -> Tensor:
     """float64 [K, G n q]: the read-out of the numbered concepts. Offsets do not matter to a correlation."""
-    partition = state.partition if concept is None else replace(state.partition, concept=concept)
+    partition = partition or state.partition
     readout, _ = concept_readout(state.linear.weight(torch.float64), partition, token_type, state.linear.groups)
     return readout[:-1].flatten(1)
 
@@ -198,6 +207,24 @@ def shuffle_concepts(concept: Tensor, generator: torch.Generator) -> Tensor:
     members = (flat != REST_CONCEPT).nonzero()[:, 0]
     flat[members] = flat[members[torch.randperm(len(members), generator=generator)]]
     return flat.view(concept.shape).to(concept.device)
+
+
+def agreeing_signs(weight: Tensor, groups: int, partition: Partition, token_type: int, inputs: Tensor) -> Tensor:
+    """int8 [d, M + 1]: of every sub-unit, the sign of its correlation with the plain mean of its concept's members, at
+    inputs [S, G n q]. weight [d, n, q] of the layer.
+
+    Members dealt at random have no signs of their own, and without any they would cancel out: too easy to beat.
+    """
+    plain = replace(partition, sign=torch.ones_like(partition.sign))
+    readout, _ = concept_readout(weight, plain, token_type, groups)
+    inputs = inputs - inputs.mean(0)
+    along = (inputs @ readout.flatten(1).T).T @ inputs  # [K + 1, G n q]: covariance of every input with each mean
+    by_input = along.unflatten(1, (groups, *weight.shape[1:]))  # [K + 1, G, n, q]
+    own, edges = neuron_groups(len(weight), groups, weight.device), partition.edge_concepts(token_type)  # [d], [d, n]
+    places = torch.arange(weight.shape[1], device=weight.device)
+    moved = (weight * by_input[edges, own[:, None], places]).sum(-1)  # [d, n]
+    found = sum_edges(moved, partition.slots(token_type), partition.subunits + 1)
+    return torch.where(found < 0, -1, 1).to(torch.int8)
 
 
 def shuffle_edges(slots: Tensor, sign: Tensor, generator: torch.Generator) -> Tensor:

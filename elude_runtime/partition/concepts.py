@@ -10,11 +10,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from elude_runtime.partition.diametrical import diametrical, distinct_rows, farthest
+from elude_runtime.partition.diametrical import diametrical, distinct_rows, farthest, signed_sums
 from elude_runtime.partition.partition import REST_CONCEPT
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 DRIFT_EDGES = tuple(i / 10 for i in range(1, 10))
+_STILL = 1e-5  # of its sub-units' spread: a neuron that varies less has none of its own to begin a concept at
 _CHUNK_FLOATS = 4_000_000  # values worked on at once, so that no second copy of a layer's sample is made
 
 
@@ -64,9 +65,9 @@ def group_concepts(
     centred [S, d, M + 1]: t_km at S sampled tokens; std [d, M + 1]; counts [d]; weight [d, m]: rows of the layer.
     Clusters begin at neurons, those whose rows are the most distinct, so that the same weights begin at the same places
     whatever the images are; at twice as many as there are to be concepts, so that what few sub-units follow can be
-    given up. Where the layer has fewer such neurons, the profiles least alike come after them. What one sub-unit does
-    and another undoes is one concept, not two. There may be fewer concepts than asked for, since no two may be nearly
-    the same. A concept's positive end is that of the longer tail, where the tokens are that move it most.
+    given up. Where fewer neurons vary, the profiles least alike come after them. What one sub-unit does and another
+    undoes is one concept, not two. There may be fewer concepts than asked for, since no two may be nearly the same. A
+    concept's positive end is that of the longer tail, where the tokens are that move it most.
 
     Sub-units that never vary and the background ones go to the background concept. Returns int32 [d, M + 1] and int8
     [d, M + 1] (1 or -1); concepts are numbered by their share of the output's variance, largest first.
@@ -80,13 +81,14 @@ def group_concepts(
     if live.numel():
         profiles = centred.flatten(1).T[live].contiguous()  # [L, S]
         profiles /= std.flatten()[live, None]
-        number = min(concepts, live.numel())
-        begin = min(2 * number, live.numel())
-        anchors = centred[:, distinct_rows(weight, begin)].sum(2).T  # [at most 2 K, S]
-        found, signs = diametrical(profiles, farthest(profiles, anchors, begin), number)
-        labels = found.unique(return_inverse=True)[1]
+        asked = min(concepts, live.numel())
+        begin = min(2 * asked, live.numel())
+        outputs = centred.sum(2)  # [S, d]
+        moving = (outputs.std(0, correction=0) > _STILL * std.norm(dim=1)).nonzero()[:, 0]
+        anchors = outputs[:, moving[distinct_rows(weight[moving], begin)]].T  # [at most 2 K, S]
+        labels, signs = diametrical(profiles, farthest(profiles, anchors, begin), asked)
         number = int(labels.max()) + 1
-        activations = torch.zeros(number, len(centred)).index_add_(0, labels, profiles * signs[:, None])
+        activations = signed_sums(profiles, labels, signs, number)
         activations -= activations.mean(1, keepdim=True)
         signs = torch.where(activations.pow(3).mean(1) < 0, -1, 1)[labels] * signs
         out[live], sign[live] = labels.to(torch.int32), signs.to(torch.int8)

@@ -10,24 +10,23 @@ _PARALLEL = 1e-9  # of a row's squared length: what is left of it when it lies i
 
 
 def diametrical(points: Tensor, seeds: Tensor, clusters: int, iterations: int = 25) -> tuple[Tensor, Tensor]:
-    """At most `clusters` clusters of points [L, S] up to their sign: labels int64 [L], those of the seeds [K, S] that
-    they began at, and signs [L], 1 or -1, along the cluster's line.
+    """At most `clusters` clusters of points [L, S] up to their sign: labels int64 [L], none of them unused, and signs
+    [L], 1 or -1, along the cluster's line. seeds [K, S]: directions to begin at.
 
     As Dhillon, Marcotte & Roshan (Bioinformatics 2003) have it, with the signed mean of the members as a cluster's line
     in place of their leading singular vector. Each seed is first replaced by its pattern, the points weighted by their
     product with it, which is clearer than the seed itself (RESEARCH.md). Once all have settled, those are given up that
     lie along a larger one (`ALIKE`), and of more than there are to be the ones with the fewest members; the rest settle
-    again. The positive end of a cluster is its seed's. Ties go to the lower index.
+    again. Ties go to the lower index.
     """
     lines = _unit((_unit(seeds) @ points.T) @ points)
-    kept = torch.arange(len(lines))
     while True:
         labels, signs, lines = _settle(points, lines, iterations)
         sizes = torch.bincount(labels, minlength=len(lines))
         chosen = _distinct(lines, sizes)[:clusters].sort().values
         if len(chosen) == int((sizes > 0).sum()):
-            return kept[labels], signs
-        kept, lines = kept[chosen], lines[chosen]
+            return labels.unique(return_inverse=True)[1], signs
+        lines = lines[chosen]
 
 
 def _distinct(lines: Tensor, sizes: Tensor) -> Tensor:
@@ -44,12 +43,17 @@ def _settle(points: Tensor, lines: Tensor, iterations: int) -> tuple[Tensor, Ten
     """Lloyd's steps until no point changes its line: (labels [L], signs [L], lines [K, S])."""
     labels, signs = _nearest(points, lines)
     for _ in range(iterations):
-        lines = _unit(torch.zeros_like(lines).index_add_(0, labels, points * signs[:, None]))
+        lines = _unit(signed_sums(points, labels, signs, len(lines)))
         before = labels
         labels, signs = _nearest(points, lines)
         if torch.equal(labels, before):
             break
     return labels, signs, lines
+
+
+def signed_sums(points: Tensor, labels: Tensor, signs: Tensor, clusters: int) -> Tensor:
+    """[K, S]: the sum of each cluster's points [L, S], by their signs."""
+    return points.new_zeros(clusters, len(points)).scatter_(0, labels[None], signs[None]) @ points
 
 
 def _nearest(points: Tensor, lines: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,8 +70,9 @@ def distinct_rows(weight: Tensor, number: int) -> list[int]:
     chosen: list[int] = []
     weight = weight.double()
     lengths = weight.square().sum(1)
-    left, basis = lengths.clone(), weight.new_zeros(0, weight.shape[1])
-    while len(chosen) < min(number, len(weight)):
+    left = lengths.clone()
+    basis = weight.new_zeros(min(number, len(weight)), weight.shape[1])
+    while len(chosen) < len(basis):
         best = int(left.argmax())
         if not left[best] > _PARALLEL * lengths[best]:
             break
@@ -75,7 +80,7 @@ def distinct_rows(weight: Tensor, number: int) -> list[int]:
         for _ in range(2):  # once more, for what rounding left
             row = row - (basis @ row) @ basis
         row = row / row.norm()
-        basis = torch.cat([basis, row[None]])
+        basis[len(chosen)] = row
         left = (left - (weight @ row).square()).clamp(min=0)
         left[best] = 0
         chosen.append(best)

@@ -97,6 +97,22 @@ def test_more_concepts_than_distinct_neurons() -> None:
     assert found[0, :4].unique().numel() > 1
 
 
+def test_neurons_that_never_vary_take_no_concept() -> None:
+    """Their rows may be the longest of all; eight clear concepts among the other neurons are found all the same."""
+    g = torch.Generator().manual_seed(6)
+    sources, weight = torch.randn(300, 8, generator=g), torch.randn(40, 60, generator=g)
+    centred = 0.1 * torch.randn(300, 40, 5, generator=g)
+    which = torch.randint(0, 8, (40, 4), generator=g)
+    centred[..., :4] += sources[:, which]
+    centred[..., 4] = 0
+    centred[:, :16] = 0
+    weight[:16] *= 3
+    counts = torch.full((40,), 4, dtype=torch.uint8)
+    found, _ = group_concepts(centred, centred.std(0, correction=0), counts, weight, 8)
+    assert found[16:, :4].unique().numel() == 8
+    assert len(set(zip(which[16:].flatten().tolist(), found[16:, :4].flatten().tolist(), strict=True))) == 8
+
+
 def test_twice_the_same() -> None:
     first, again = (group_concepts(*example(4), 4) for _ in range(2))
     assert all(map(torch.equal, first, again))

@@ -32,7 +32,7 @@ from elude_runtime.offline.images import ImageSource, Progress
 STEPS = {GRADIENT: None, INTEGRATED: ExplainOptions().steps}
 LEVELS = ("concepts", "subunits")
 SETS = ("top", "top positive", "top negative", "random")
-WANTED = ("top", "random")  # in an evaluation
+EVALUATED = ("top", "random")  # in an evaluation
 OWN, RANDOM = "own", "random partition"
 TOP = 10  # features of a set
 _ALL = 2**31
@@ -207,8 +207,16 @@ def measure_agreement(
         targets = [Target(int(index)) for index in recording.logits.argmax(-1)]
         for name, states in partitions.items():
             agreements = layer_agreements(
-                model, recording, layer, targets, TOP, draws[name], states=states, token_type=token_type, wanted=WANTED
-            )
+                model,
+                recording,
+                layer,
+                targets,
+                TOP,
+                draws[name],
+                states=states,
+                token_type=token_type,
+                wanted=EVALUATED,
+            )  # fmt: skip
             for key, by_image in agreements.items():
                 found.setdefault((name, *key), []).extend(by_image)
     return [

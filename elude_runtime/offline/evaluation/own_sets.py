@@ -11,14 +11,13 @@ from torch import Tensor
 
 from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
-from elude_runtime.offline.feature_matching import shuffle_concepts, shuffle_edges
+from elude_runtime.offline.feature_matching import agreeing_signs, shuffle_concepts, shuffle_edges
 from elude_runtime.partition import Partition
 from elude_runtime.partition.sums import (
     concept_readout,
     full_width,
     neuron_groups,
     subunit_weight,
-    sum_edges,
     wide_weight,
 )
 
@@ -89,22 +88,10 @@ def _with(split: Split, slots: Tensor, counts: Tensor, concept: Tensor, inputs: 
     edges = torch.where(slots == split.partition.subunits, 255, slots).to(torch.uint8)
     made = replace(split.partition, edges=edges[None], counts=counts[None], concept=concept[None])
     mean, std, share = _statistics(split.weight, split.groups, made, inputs)
-    made = replace(made, mean=mean[None], std=std[None], sign=torch.ones_like(made.sign))
-    return replace(split, partition=replace(made, sign=_agreeing_signs(split, made, inputs)[None]), share=share)
-
-
-def _agreeing_signs(split: Split, partition: Partition, inputs: Tensor) -> Tensor:
-    """int8 [d, M + 1]: of every sub-unit, the sign of its correlation with the plain mean of its concept's members."""
-    readout, _ = concept_readout(split.weight, partition, 0, split.groups)
+    made = replace(made, mean=mean[None], std=std[None])
     sample = inputs[:: max(1, len(inputs) // _SAMPLE)]
-    sample = sample - sample.mean(0)
-    along = (sample @ readout.flatten(1).T).T @ sample  # [K + 1, G n q]: covariance of every input with each mean
-    weight, slots = split.weight, partition.slots(0)
-    by_input = along.unflatten(1, (split.groups, *weight.shape[1:]))  # [K + 1, G, n, q]
-    own, edges = neuron_groups(len(weight), split.groups), partition.edge_concepts(0)  # [d], [d, n]
-    inputs_of = torch.arange(weight.shape[1])
-    moved = (weight * by_input[edges, own[:, None], inputs_of]).sum(-1)  # [d, n]
-    return torch.where(sum_edges(moved, slots, partition.subunits + 1) < 0, -1, 1).to(torch.int8)
+    sign = agreeing_signs(split.weight, split.groups, made, 0, sample)
+    return replace(split, partition=replace(made, sign=sign[None]), share=share)
 
 
 def _statistics(weight: Tensor, groups: int, partition: Partition, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,7 +52,7 @@ def test_the_models_own_features_stay_as_they_are(vit: Rewritten, images: Tensor
     )
     assert {(r.features, r.method, r.level, r.set) for r in rows} == {
         (f, m, lv, s) for f in (module.OWN, module.RANDOM) for m in module.STEPS for lv in module.LEVELS
-        for s in module.WANTED
+        for s in module.EVALUATED
     }  # fmt: skip
     recording = vit.model.record(images, [SECOND])
     targets = [Target(int(i)) for i in recording.logits.argmax(-1)]
