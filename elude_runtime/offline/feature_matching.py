@@ -85,8 +85,11 @@ class LayerMoments:
 
     def __init__(self, old: SplitState, new: SplitState, token_type: int, *, shared: bool, subunits: bool) -> None:
         self.states, self.token_type, self.shared = (old, new), token_type, shared
+        # each with its sign: fitted ones would all read the layer's main direction, and match less
+        dealt = new.partition.concept.clone()
+        dealt[token_type] = shuffle_concepts(dealt[token_type], torch.Generator().manual_seed(0))
         self.readouts = [_readout(old, token_type), _readout(new, token_type)]
-        self.random_readout: Tensor | None = None  # whose members' signs need inputs
+        self.random_readout = _readout(new, token_type, dealt)
         self.concepts, self.inputs = Moments(), Moments() if subunits else None
         self.power: list[Tensor] = []
         self.count = 0
@@ -98,22 +101,10 @@ class LayerMoments:
         self.power = [a + b for a, b in zip(self.power, power, strict=True)] if self.power else power
         self.count += len(old)
         first, last = reads[0].flatten(1), reads[-1].flatten(1)
-        if self.random_readout is None:
-            self.random_readout = self._random_readout(last)
         after = torch.cat([self.readouts[1], self.random_readout])
         self.concepts.add((first @ self.readouts[0].T)[:, None], (last @ after.T)[:, None])
         if self.inputs is not None:
             self.inputs.add(*reads)
-
-    def _random_readout(self, inputs: Tensor) -> Tensor:
-        """Of the new layer's concepts with their members dealt anew, as `agreeing_signs` says of these inputs."""
-        state, token_type = self.states[1], self.token_type
-        concept = state.partition.concept.clone()
-        concept[token_type] = shuffle_concepts(concept[token_type], torch.Generator().manual_seed(0))
-        dealt, sign = replace(state.partition, concept=concept), state.partition.sign.clone()
-        weight, groups = state.linear.weight(torch.float64), state.linear.groups
-        sign[token_type] = agreeing_signs(weight, groups, dealt, token_type, inputs)
-        return _readout(state, token_type, replace(dealt, sign=sign))
 
     def finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.power)
@@ -121,7 +112,6 @@ class LayerMoments:
     def concept_correlations(self) -> Correlations:
         """All old with all new concepts, `rest` left out: one block."""
         oo, on, nn = self.concepts.covariances()
-        assert self.random_readout is not None  # tokens were added
         rms = self._rms()
         scale = [r.abs() @ rms[i].flatten() for i, r in ((0, self.readouts[0]), (1, self.readouts[1]))]
         noise = torch.cat([scale[1], self.random_readout.abs() @ rms[1].flatten()])
@@ -157,9 +147,9 @@ class LayerMoments:
         return [found[0], found[-1]]
 
 
-def _readout(state: SplitState, token_type: int, partition: Partition | None = None) -> Tensor:
+def _readout(state: SplitState, token_type: int, concept: Tensor | None = None) -> Tensor:
     """float64 [K, G n q]: the read-out of the numbered concepts. Offsets do not matter to a correlation."""
-    partition = partition or state.partition
+    partition = state.partition if concept is None else replace(state.partition, concept=concept)
     readout, _ = concept_readout(state.linear.weight(torch.float64), partition, token_type, state.linear.groups)
     return readout[:-1].flatten(1)
 
