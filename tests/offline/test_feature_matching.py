@@ -17,6 +17,7 @@ from elude_runtime.network.tokens import TokenLayout
 from elude_runtime.offline.feature_matching import (
     LayerMoments,
     Moments,
+    agreeing_signs,
     inverse,
     made_of,
     match,
@@ -29,6 +30,25 @@ from elude_runtime.partition import REST_CONCEPT
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_agreeing_signs_are_those_of_the_covariance_with_the_plain_mean(groups: int) -> None:
+    partition = random_partition(5, 6, 9, types=1)
+    weight = torch.randn(6, 9, 2, generator=generator(1), dtype=torch.float64)
+    inputs = torch.randn(70, groups, 9, 2, generator=generator(2), dtype=torch.float64) + 3
+    found = agreeing_signs(weight, groups, partition, 0, inputs.flatten(1))
+    slots, width = partition.slots(0), partition.subunits + 1
+    t = torch.zeros(70, 6, width, dtype=torch.float64)
+    for k in range(6):
+        for j in range(9):
+            t[:, k, slots[k, j]] += inputs[:, k * groups // 6, j] @ weight[k, j]
+    t -= t.mean(0)
+    for concept in partition.concept_slots(0).unique():
+        members = (partition.concept_slots(0) == concept) & partition.live(0)
+        mean = (t[:, members] / partition.std[0][members]).mean(1) if members.any() else torch.zeros(70)
+        covariance = (t[:, members] * mean[:, None]).mean(0)
+        assert torch.equal(found[members], torch.where(covariance < 0, -1, 1).to(torch.int8))
 
 
 class TestMoments:
