@@ -183,13 +183,14 @@ def test_what_happened_is_what_prometheus_says(watched: Watched) -> None:
 
 
 def test_drift_is_seen_and_by_name(watched: Watched) -> None:
-    """Every picture wears the demo's watermark: the concepts that moved most are those that the watermark changes."""
+    """Every picture wears the demo's watermark: the concept that drifts most is the one that the watermark changes
+    most, and no other comes near it."""
     twins = make_twins(40, seed=5)
     model = elude.load(watched.checkpoint)
     transform = model.data_config.transform()
     without, marked = (torch.stack([transform(pair[n].image) for pair in twins]) for n in range(2))
     changed = (model.concepts(marked, LAYER) - model.concepts(without, LAYER)).abs().amax(1).mean(0)
-    guilty = {model.concept_names(LAYER)[n] for n in changed.topk(3).indices.tolist()}
+    guilty = model.concept_names(LAYER)[int(changed.argmax())]
 
     time.sleep(4.5)  # what was sampled before is counted and scraped
     before = watched.query(f'sum(elude_drift_bucket_total{{feature="{LAYER}/P0"}})')[()]
@@ -203,7 +204,7 @@ def test_drift_is_seen_and_by_name(watched: Watched) -> None:
     )
     found = watched.until("elude:drift_psi_excess:1h", lambda found: bool(found) and max(found.values()) > 2)
     ranked = sorted(found, key=lambda labels: -found[labels])
-    assert {feature for _, feature, _ in ranked[:2]} <= guilty
+    assert ranked[0][1] == guilty and found[ranked[0]] > 2 * found[ranked[1]]
     assert {checkpoint for checkpoint, _, _ in ranked} == {watched.sha256[:12]}
     assert found[ranked[0]] > 5 * found[ranked[len(ranked) // 2]]
 
