@@ -74,14 +74,8 @@ def read_partition(tensors: Mapping[str, Tensor], entry: LayerEntry) -> Partitio
                 "the checkpoint is damaged, make it again with `elude rewrite`."
             )
         found[part] = tensor
-    return Partition(
-        found["partition"],
-        found["subunits"],
-        found["mean"],
-        found["std"],
-        found["concept"].to(torch.int32),
-        found["sign"],
-    )
+    found["concept"] = found["concept"].to(torch.int32)
+    return Partition(*(found[part] for part in shapes))
 
 
 def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -28,7 +28,9 @@ def rewrite(
         list[str] | None, typer.Option(help="A layer to split; repeated. `elude layers` lists them.")
     ] = None,
     subunits: Annotated[int, typer.Option(help="Sub-units a neuron, half for each end.")] = 8,
-    concepts: Annotated[int, typer.Option(help="Concepts a layer and token type.", min=1, max=65534)] = 96,
+    concepts: Annotated[
+        int, typer.Option(help="Concepts a layer and token type, at most: no two alike.", min=1, max=65534)
+    ] = 96,
     tokens: Annotated[int, typer.Option(help="Calibration tokens at each end of a neuron.")] = 400,
     max_images: Annotated[int | None, typer.Option(help="Use this many, spread over the folder.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 25,

@@ -207,15 +207,8 @@ def measure_agreement(
         targets = [Target(int(index)) for index in recording.logits.argmax(-1)]
         for name, states in partitions.items():
             agreements = layer_agreements(
-                model,
-                recording,
-                layer,
-                targets,
-                TOP,
-                draws[name],
-                states=states,
-                token_type=token_type,
-                wanted=EVALUATED,
+                model, recording, layer, targets, TOP, draws[name],
+                states=states, token_type=token_type, wanted=EVALUATED,
             )  # fmt: skip
             for key, by_image in agreements.items():
                 found.setdefault((name, *key), []).extend(by_image)

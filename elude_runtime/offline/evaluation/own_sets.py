@@ -13,13 +13,7 @@ from elude_runtime.analysis.split_state import SplitState
 from elude_runtime.offline.evaluation.feature_set import FeatureSet
 from elude_runtime.offline.feature_matching import agreeing_signs, shuffle_concepts, shuffle_edges
 from elude_runtime.partition import Partition
-from elude_runtime.partition.sums import (
-    concept_readout,
-    full_width,
-    neuron_groups,
-    subunit_weight,
-    wide_weight,
-)
+from elude_runtime.partition.sums import concept_readout, full_width, neuron_groups, subunit_weight, wide_weight
 
 CONCEPTS, SUBUNITS = "concepts", "sub-units"
 RANDOM_CONCEPTS, RANDOM_SUBUNITS = "random concepts", "random sub-units"
