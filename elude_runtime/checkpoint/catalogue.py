@@ -42,8 +42,9 @@ class FeatureFacts:
     """What the calibration found out about one feature, in units of its own activation.
 
     size: edges of a sub-unit, sub-units of a concept; concept: the one that a sub-unit belongs to, a concept's own
-    name; quantiles: by name, `q01` … `q99`; density: share of tokens more than two standard deviations from the mean;
-    share: of the layer output's variance. label, label_source: None where nobody gave one.
+    name; sign: -1 for a sub-unit that falls as its concept's activation rises, else 1; quantiles: by name, `q01` …
+    `q99`; density: share of tokens more than two standard deviations from the mean; share: of the layer output's
+    variance. label, label_source: None where nobody gave one.
     """
 
     feature: str
@@ -53,6 +54,7 @@ class FeatureFacts:
     label: str | None
     label_source: str | None
     concept: str
+    sign: int
     size: int
     mean: float
     std: float
@@ -79,14 +81,17 @@ class _Columns:
 
     names: NDArray[np.bytes_]
     size: NDArray[np.int32]
+    sign: NDArray[np.int32]
     words: dict[str, _Words]
     numbers: dict[str, NDArray[np.float32]]
 
     def __post_init__(self) -> None:
         count = len(self.names)
-        lengths = {len(self.size), *(len(w.codes) for w in self.words.values()), *map(len, self.numbers.values())}
-        if lengths - {count}:
+        columns = (self.size, self.sign, *(w.codes for w in self.words.values()), *self.numbers.values())
+        if {*map(len, columns)} - {count}:
             raise ValueError("its columns have different lengths")
+        if not np.isin(self.sign, (1, -1)).all():
+            raise ValueError("its column sign holds a number that is neither 1 nor -1")
         for name, column in self.words.items():
             if count and not 0 <= column.codes.min() <= column.codes.max() < len(column.values):
                 raise ValueError(f"its column {name} names a value that is not there")
@@ -191,6 +196,7 @@ class FeatureCatalogue:
             label=c.words["label"].at(row) or None,
             label_source=c.words["label_source"].at(row) or None,
             concept=c.words["concept"].at(row),
+            sign=int(c.sign[row]),
             size=int(c.size[row]),
             mean=numbers["mean"],
             std=numbers["std"],
@@ -249,6 +255,7 @@ def features_json(directory: Path) -> bytes:
         "format_version": _FORMAT_VERSION,
         "feature": [name.decode() for name in columns.names.tolist()],
         "size": {"b64_i32": pack_i32(columns.size)},
+        "sign": {"b64_i32": pack_i32(columns.sign)},
         "words": {n: {"values": w.values, "b64_i32": pack_i32(w.codes)} for n, w in columns.words.items()},
         "numbers": {name: {"b64_f32": pack_f32(column)} for name, column in columns.numbers.items()},
     }
@@ -292,7 +299,10 @@ def _from_json(path: Path) -> _Columns:
         packed = document["numbers"]
         peaks = [name for name in (*_EDGE_NAMES, _PEAK_IMAGES) if _PEAK_IMAGES in packed]
         numbers = {name: unpack_f32(packed[name]["b64_f32"]) for name in (*_numeric(packed), *peaks)}
-        return _Columns(_encoded(_texts(document["feature"])), unpack_i32(document["size"]["b64_i32"]), words, numbers)
+        size = unpack_i32(document["size"]["b64_i32"])
+        # of an archive from before concepts had members that fall
+        sign = unpack_i32(document["sign"]["b64_i32"]) if "sign" in document else np.ones_like(size)
+        return _Columns(_encoded(_texts(document["feature"])), size, sign, words, numbers)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
 
@@ -302,8 +312,10 @@ def _from_parquet(path: Path) -> _Columns:
     import pyarrow.parquet as pq
 
     try:
-        numeric = _numeric(pq.read_schema(path).names)
-        table = pq.read_table(path, columns=["feature", "size", *_WORDS, *numeric]).combine_chunks()
+        present = pq.read_schema(path).names
+        numeric = _numeric(present)
+        signed = ["sign"] if "sign" in present else []  # a table from before concepts had members that fall has none
+        table = pq.read_table(path, columns=["feature", "size", *signed, *_WORDS, *numeric]).combine_chunks()
         words = {}
         for name in _WORDS:
             values, codes = np.unique(np.array(_texts(table[name].to_pylist()), dtype=object), return_inverse=True)
@@ -311,7 +323,8 @@ def _from_parquet(path: Path) -> _Columns:
         numbers = {name: table[name].to_numpy().astype(np.float32) for name in numeric}
         numbers.update(_peaks(path))
         size = table["size"].to_numpy().astype(np.int32)
-        return _Columns(_encoded(_texts(table["feature"].to_pylist())), size, words, numbers)
+        sign = table["sign"].to_numpy().astype(np.int32) if signed else np.ones_like(size)
+        return _Columns(_encoded(_texts(table["feature"].to_pylist())), size, sign, words, numbers)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise _damaged(path, error) from error
 

@@ -37,8 +37,9 @@ from elude_runtime.api.intake import OPERATIONS, Row
 from elude_runtime.api.openapi import openapi
 from elude_runtime.api.problems import PROBLEMS
 from elude_runtime.api.schema.operations import Description, FeaturesReply, VectorsReply
-from elude_runtime.checkpoint.catalogue import FEATURES_JSON, features_json
+from elude_runtime.checkpoint.catalogue import FEATURES_JSON, features_json, read_catalogue
 from elude_runtime.checkpoint.packed import pack_i32, unpack_i32
+from elude_runtime.errors import CheckpointError
 
 P0, C1 = f"{SECOND}/P0", f"{SECOND}/C1"
 POSITIVE = [encoded(picture(1000 + n)) for n in range(5)]
@@ -201,6 +202,35 @@ class TestFeatures:
     def test_what_does_not_validate(self, engine: Engine, asked: Document) -> None:
         found = refused(engine, body({"op": "features", **asked}), "invalid-document")
         assert found["errors"][0]["loc"] == [next(iter(asked))]
+
+    def test_which_members_of_a_concept_fall(self, vit: Rewritten, tmp_path: Path) -> None:
+        """From the table and from an archive's; 1 in one made before concepts had such members."""
+        engines = [opened(vit)]
+        made = json.loads(features_json(vit.path))
+        for table in (made, {name: part for name, part in made.items() if name != "sign"}):
+            checkpoint = Path(shutil.copytree(vit.path, tmp_path / str(len(table))))
+            (checkpoint / FEATURES_JSON).write_text(json.dumps(table))
+            engines.append(Engine.open(checkpoint, ServingConfig(), name="tiny", version="1.0"))
+        p, seen = vit.model.state(SECOND).partition, set()
+        listed = [operation(e, "features", layer=SECOND, limit=500)["features"] for e in engines]
+        for one, archived, older in zip(*listed, strict=True):
+            feature = vit.model.feature(one["feature"])
+            if feature.neuron is None:
+                expected = 1
+            else:
+                slot = vit.model.state(SECOND).slot(feature)
+                expected = int(p.sign[feature.token_type, feature.neuron, slot])
+            seen.add(expected)
+            assert one["sign"] == archived["sign"] == expected and older["sign"] == 1
+        assert seen == {1, -1}
+
+    @pytest.mark.parametrize("sign", [[1], [0] * 9])
+    def test_a_damaged_column(self, vit: Rewritten, tmp_path: Path, sign: list[int]) -> None:
+        made = json.loads(features_json(vit.path))
+        packed = pack_i32(np.resize(np.array(sign, dtype=np.int32), len(made["feature"]) if len(sign) > 1 else 1))
+        (tmp_path / FEATURES_JSON).write_text(json.dumps({**made, "sign": {"b64_i32": packed}}))
+        with pytest.raises(CheckpointError, match="sign|lengths"):
+            len(read_catalogue(tmp_path))
 
 
 def _subunits(vit: Rewritten) -> int:

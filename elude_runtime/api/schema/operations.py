@@ -27,7 +27,7 @@ class FeaturesRequest(Document):
 class FeatureInfo(Document):
     """A feature's calibration statistics, in units of the layer's output (a concept: standard deviations). share: of
     the layer output's variance; density: of tokens beyond two standard deviations; size: a concept's sub-units, a
-    sub-unit's edges."""
+    sub-unit's edges; sign: -1 for a sub-unit that falls as its concept's activation rises, else 1."""
 
     feature: str
     kind: Literal["concept", "subunit"]
@@ -36,6 +36,7 @@ class FeatureInfo(Document):
     concept: str | None
     label: str | None
     label_source: str | None
+    sign: Literal[1, -1] = 1
     size: int
     mean: Float32
     std: Float32
