@@ -189,7 +189,8 @@ def _row(
     effects = [[{"class": int(c), "effect": s * float(rng.uniform(0, 1))} for c in picked[:5]] for s in (1, -1)]
     return {
         "feature": name, "kind": kind, "layer": made.layer, "token_type": TYPES[t], "neuron": neuron, "subunit": m,
-        "concept": concept, "size": int(rng.integers(1, 90)), "label": label,
+        "concept": concept, "sign": -1 if m is not None and m % 2 else 1,
+        "size": int(rng.integers(1, 90)), "label": label,
         "label_source": "automatic" if label else "", "mean": 0.0, "std": spread, "density": 0.0 if dead else 0.04,
         **dict(zip(("q01", "q05", "q25", "q50", "q75", "q95", "q99"), map(float, levels[:7]), strict=True)),
         "drift_edges": [float(v) for v in levels[7:]], "share": share,
